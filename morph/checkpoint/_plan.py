@@ -1,0 +1,276 @@
+"""What goes where in a checkpoint that is about to be written: every tensor accounted for."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+
+from morph.checkpoint._format import (
+    BITS,
+    NUMPY,
+    TensorInfo,
+    byte_size,
+    dtype_code,
+    encode_header,
+    natural,
+)
+from morph.checkpoint._read import Checkpoint
+from morph.errors import CheckpointError, escape, nearest
+
+
+class MoveLike(Protocol):
+    """What `morph.families._family.Move` offers."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def rows(self) -> tuple[int, int] | None: ...
+    @property
+    def shape(self) -> tuple[int, ...] | None: ...
+    @property
+    def fill(self) -> float: ...
+
+
+# bytes, an array (bfloat16 as uint16), a place in another file, or a function that gives bytes
+Data = bytes | memoryview | np.ndarray | TensorInfo | Callable[[], Any]
+NewTensor = tuple[str, Sequence[int], Data]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the output: its name, type, shape, and where its bytes come from.
+
+    `origin` is the source tensor whose bytes are kept, None where the bytes are new or replaced.
+    """
+
+    target: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Data
+    origin: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return byte_size(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its header, and its pieces in the order of their data."""
+
+    name: str
+    header: bytes
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(p.nbytes for p in self.pieces)
+
+
+def plan_shards(
+    source: Checkpoint,
+    moves: Sequence[MoveLike] | None,
+    new_tensors: Mapping[str, NewTensor],
+    replaced: Mapping[str, NewTensor],
+    dropped: Mapping[str, str],
+    max_shard_bytes: int,
+) -> tuple[Shard, ...]:
+    """Return the output files: one per source shard, and the new tensors in or after the last.
+
+    Raises CheckpointError for a source tensor that is neither copied, replaced nor dropped by
+    name, and for moves, replacements or new tensors that contradict each other or the source.
+    """
+    homes = {shard: i for i, shard in enumerate(source.shards)}
+    groups: list[list[tuple[tuple[int, int], Piece]]] = [[] for _ in homes]
+    loose: list[Piece] = []
+    targets: dict[str, Piece] = {}
+    for move in _moves(source, moves, dropped):
+        if move.target in targets:
+            raise CheckpointError(f"two moves make tensor {escape(move.target)!r}.")
+        piece = _moved(source, move)
+        if move.target in replaced:
+            piece = _replacement(piece, replaced[move.target])
+        targets[move.target] = piece
+        if move.source is None:
+            loose.append(piece)
+        else:
+            info = source.info(move.source)
+            order = (info.start, (move.rows or (0, 0))[0])
+            groups[homes[info.file.name]].append((order, piece))
+    _check_names(targets, new_tensors, replaced)
+    loose += [_given(n, *new_tensors[n]) for n in sorted(new_tensors)]
+    shards = [[p for _, p in sorted(g, key=lambda e: (e[0], e[1].target))] for g in groups]
+    shards = [s for s in shards if s]
+    for piece in sorted(loose, key=lambda p: natural(p.target)):
+        if not shards or sum(p.nbytes for p in shards[-1]) + piece.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(piece)
+    if not shards:
+        raise CheckpointError("the output would hold no tensors.")
+    return tuple(
+        _shard(_shard_name(i, len(shards)), pieces) for i, pieces in enumerate(shards, start=1)
+    )
+
+
+@dataclass(frozen=True)
+class _Same:
+    """The move that keeps a tensor as it is."""
+
+    target: str
+    source: str | None
+    rows: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
+    fill: float = 0.0
+
+
+def _moves(
+    source: Checkpoint, moves: Sequence[MoveLike] | None, dropped: Mapping[str, str]
+) -> Sequence[MoveLike]:
+    """Return the moves, after checking that they and `dropped` account for every source tensor."""
+    for name, reason in dropped.items():
+        source.info(name)
+        if not reason:
+            raise CheckpointError(f"tensor {escape(name)!r} is dropped without a reason.")
+    if moves is None:
+        return [_Same(n, n) for n in source.tensors if n not in dropped]
+    covered: dict[str, list[tuple[int, int]]] = {}
+    for move in moves:
+        if move.source is not None:
+            info = source.info(move.source)
+            whole = (0, info.shape[0] if info.shape else 1)
+            covered.setdefault(move.source, []).append(move.rows or whole)
+    both = sorted(set(covered) & set(dropped))
+    if both:
+        raise CheckpointError(f"tensor {escape(both[0])!r} is both moved and dropped.")
+    lost = [n for n in source.tensors if n not in covered and n not in dropped]
+    if lost:
+        shown = ", ".join(escape(n, 80) for n in lost[:3])
+        raise CheckpointError(
+            f"{len(lost)} source tensors are neither copied, replaced nor dropped by name: {shown}"
+            f"{', …' if len(lost) > 3 else ''}."
+        )
+    for name, ranges in covered.items():
+        shape = source.tensors[name].shape
+        at = 0
+        for start, stop in sorted(ranges):
+            if start > at:
+                break
+            at = max(at, stop)
+        if at < (shape[0] if shape else 1):
+            raise CheckpointError(f"no move copies row {at} of source tensor {escape(name)!r}.")
+    return moves
+
+
+def _moved(source: Checkpoint, move: MoveLike) -> Piece:
+    target = _new_name(move.target)
+    if move.source is None:
+        if move.shape is None:
+            raise CheckpointError(f"tensor {escape(target)!r}: a new constant needs a shape.")
+        dtype, shape = source.main_dtype, tuple(move.shape)
+        return Piece(target, dtype, shape, _constant(dtype, prod(shape), move.fill))
+    info = source.info(move.source)
+    if move.rows is None:
+        shape, start, stop = info.shape, info.start, info.stop
+    else:
+        first, last = move.rows
+        if not info.shape or not 0 <= first <= last <= info.shape[0]:
+            raise CheckpointError(
+                f"tensor {escape(target)!r}: rows {first}:{last} are not in "
+                f"{escape(move.source)!r} of shape {list(info.shape)}."
+            )
+        row_bits = prod(info.shape[1:]) * BITS[info.dtype]
+        shape = (last - first, *info.shape[1:])
+        start, stop = info.start + first * row_bits // 8, info.start + last * row_bits // 8
+    if move.shape is not None:
+        if prod(move.shape) != prod(shape):
+            raise CheckpointError(
+                f"tensor {escape(target)!r}: {list(shape)} of {escape(move.source)!r} cannot have "
+                f"the shape {list(move.shape)}."
+            )
+        shape = tuple(move.shape)
+    place = TensorInfo(info.dtype, shape, info.file, start, stop)
+    return Piece(target, info.dtype, shape, place, move.source)
+
+
+def _replacement(old: Piece, new: NewTensor) -> Piece:
+    piece = _given(old.target, *new)
+    if piece.shape != old.shape:
+        raise CheckpointError(
+            f"tensor {escape(old.target)!r} is replaced by shape {list(piece.shape)}; it has "
+            f"{list(old.shape)}."
+        )
+    return piece
+
+
+def _given(name: str, dtype: str, shape: Sequence[int], data: Data) -> Piece:
+    """Return a piece of caller's data, after checking that type, shape and size agree."""
+    code, sizes = dtype_code(dtype), tuple(int(n) for n in shape)
+    piece = Piece(_new_name(name), code, sizes, data)
+    if isinstance(data, np.ndarray) and np.dtype(NUMPY.get(code, "V1")) != data.dtype:
+        raise CheckpointError(f"tensor {escape(name)!r}: an array of {data.dtype} is no {code}.")
+    if callable(data):
+        return piece
+    size = data.nbytes if isinstance(data, (np.ndarray, memoryview, TensorInfo)) else len(data)
+    if size != piece.nbytes:
+        raise CheckpointError(
+            f"tensor {escape(name)!r}: {code} {list(sizes)} takes {piece.nbytes} bytes, got {size}."
+        )
+    return piece
+
+
+def _new_name(name: str) -> str:
+    if not name or not name.isprintable() or name == "__metadata__":
+        raise CheckpointError(f"{escape(name)!r} is no tensor name.")
+    return name
+
+
+def _check_names(
+    targets: Mapping[str, Piece],
+    new_tensors: Mapping[str, NewTensor],
+    replaced: Mapping[str, NewTensor],
+) -> None:
+    for name in replaced:
+        if name not in targets:
+            raise CheckpointError(
+                f"tensor {escape(name)!r} is to be replaced, but the output has none of that name."
+                f"{nearest(name, targets)}"
+            )
+    for name in new_tensors:
+        if name in targets:
+            raise CheckpointError(f"new tensor {escape(name)!r} exists already.")
+
+
+def _constant(dtype: str, count: int, fill: float) -> Callable[[], bytes]:
+    """Return a function that gives `count` elements of value `fill`."""
+    if dtype == "BF16":
+        bits = struct.unpack("<I", struct.pack("<f", fill))[0]
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
+        one = struct.pack("<H", rounded)
+    else:
+        one = np.asarray(fill).astype(NUMPY[dtype]).tobytes()
+    return lambda: one * count
+
+
+def _shard(name: str, pieces: Sequence[Piece]) -> Shard:
+    # widest types first keeps every tensor aligned to its own size; otherwise the source's order
+    ordered = sorted(pieces, key=lambda p: -BITS[p.dtype])
+    at, entries = 0, {}
+    for piece in ordered:
+        entries[piece.target] = (piece.dtype, piece.shape, at, at + piece.nbytes)
+        at += piece.nbytes
+    return Shard(name, encode_header(entries), tuple(ordered))
+
+
+def _shard_name(number: int, count: int) -> str:
+    if count == 1:
+        return "model.safetensors"
+    return f"model-{number:05d}-of-{count:05d}.safetensors"

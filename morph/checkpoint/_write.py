@@ -1,0 +1,301 @@
+"""Write a checkpoint by copying byte ranges between files; memory is bounded by a buffer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from morph import strict
+from morph.checkpoint._folder import INDEX, MANIFEST, clean_config
+from morph.checkpoint._format import (
+    MIB,
+    TensorInfo,
+    check_basename,
+    dump_json,
+    identity,
+    open_regular,
+    read_at,
+)
+from morph.checkpoint._plan import MoveLike, NewTensor, Piece, Shard, plan_shards
+from morph.checkpoint._read import Checkpoint
+from morph.checkpoint._staging import Staging
+from morph.errors import CheckpointError, VerificationFailed, escape
+
+PROVENANCE, CARD, SOURCE_CARD = "morph.json", "README.md", "README.source.md"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A finished checkpoint: its folder, sha256 of every file, and what was left out on purpose.
+
+    `kept` are target tensors whose bytes come from the source, `made` all others. `not_copied`
+    are files of the source, `dropped_keys` keys of its config that choose code.
+    """
+
+    path: Path
+    files: Mapping[str, str]
+    nbytes: int
+    kept: tuple[str, ...]
+    made: tuple[str, ...]
+    dropped: Mapping[str, str]
+    not_copied: tuple[str, ...]
+    dropped_keys: tuple[str, ...]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def write_checkpoint(
+    out: str | os.PathLike[str],
+    *,
+    source: Checkpoint,
+    config: Mapping[str, Any],
+    moves: Iterable[MoveLike] | None = None,
+    new_tensors: Mapping[str, NewTensor] | None = None,
+    replaced: Mapping[str, NewTensor] | None = None,
+    dropped: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    skip_files: Iterable[str] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    provenance: Mapping[str, Any] | None = None,
+    force: bool = False,
+    verify: Callable[[Path], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    durable: bool = True,
+) -> Written:
+    """Write `out` from the bytes of `source`; it appears complete, or not at all.
+
+    `moves` says which rows of which source tensor each target tensor is (None: all unchanged);
+    `replaced` gives target tensors other bytes, `new_tensors` adds some, `dropped` maps source
+    tensors to the reason why they go: (dtype, shape, data), where data are bytes, an array
+    (bfloat16 as uint16), a `TensorInfo` of another checkpoint, or a function returning one of the
+    first two. `extra_files` are written as given; side files of the source are copied otherwise,
+    its README.md as README.source.md where a new one is given. `verify(folder)` runs on the
+    complete hidden folder just before the rename; what it raises stops the write.
+    `progress(done, total)` counts bytes.
+
+    Raises CheckpointError where tensors are unaccounted for or the source changes, OutputExists,
+    UsageError, StorageError (nothing is left behind). Same inputs give the same bytes.
+    """
+    conflict = source.tie_conflict()
+    if conflict:
+        raise CheckpointError(f"{escape(source.path)}: {conflict}")
+    shards = plan_shards(
+        source,
+        None if moves is None else list(moves),
+        dict(new_tensors or {}),
+        dict(replaced or {}),
+        dict(dropped or {}),
+        max_shard_bytes,
+    )
+    texts = _texts(config, provenance, extra_files or {}, shards)
+    copies, not_copied = _side_copies(source, set(texts), set(skip_files))
+    inputs = {source.path} | {
+        p.data.file.parent for s in shards for p in s.pieces if isinstance(p.data, TensorInfo)
+    }
+    sizes = [s.nbytes for s in shards] + [len(t) for t in texts.values()]
+    sizes += [(source.path / name).stat().st_size for name in copies.values()]
+    meter = _Meter(sum(sizes), progress)
+    with Staging(
+        out, inputs=sorted(inputs), need=sum(sizes), force=force, durable=durable
+    ) as stage:
+        for shard in shards:
+            _write_shard(stage, source, shard, meter)
+        for name, original in sorted(copies.items()):
+            with stage.create(name) as target, _reading(source.path, original) as fd:
+                size = os.fstat(fd).st_size
+                target.copy(fd, source.path / original, 0, size, meter.add)
+        for name in sorted(texts):
+            stage.write(name, texts[name])
+            meter.add(len(texts[name]))
+        _check_written(stage.path, shards)
+        files = stage.publish(verify)
+    pieces = [p for s in shards for p in s.pieces]
+    return Written(
+        path=stage.out,
+        files=files,
+        nbytes=sum(sizes),
+        kept=tuple(sorted(p.target for p in pieces if p.origin is not None)),
+        made=tuple(sorted(p.target for p in pieces if p.origin is None)),
+        dropped=dict(dropped or {}),
+        not_copied=not_copied,
+        dropped_keys=source.dropped_keys,
+    )
+
+
+def kept_equal(
+    source: Checkpoint,
+    out: Checkpoint,
+    moves: Iterable[MoveLike] | None = None,
+    dropped: Mapping[str, str] | None = None,
+) -> tuple[list[str], list[str], list[str]]:
+    """Return (equal, changed, new) names of `out`'s tensors, compared with `source` byte by byte.
+
+    With `moves` and `dropped` as they were written, each tensor is compared with the rows it was
+    made from. Streams both; holds two blocks of 4 MiB.
+    """
+    moves = None if moves is None else list(moves)
+    shards = plan_shards(source, moves, {}, {}, dict(dropped or {}), 2**62)
+    made = {p.target: p for s in shards for p in s.pieces if p.origin is not None}
+    equal, changed, new = [], [], []
+    for name, info in out.tensors.items():
+        piece = made.get(name)
+        if piece is None:
+            new.append(name)
+        elif _same_bytes(source, piece, out, info):
+            equal.append(name)
+        else:
+            changed.append(name)
+    return equal, changed, new
+
+
+def _same_bytes(source: Checkpoint, piece: Piece, out: Checkpoint, info: TensorInfo) -> bool:
+    place = piece.data
+    assert isinstance(place, TensorInfo)
+    if (piece.dtype, piece.shape) != (info.dtype, info.shape):
+        return False
+    with _reading(source.path, place.file.name) as a, _reading(out.path, info.file.name) as b:
+        for at in range(0, info.nbytes, 4 * MIB):
+            count = min(4 * MIB, info.nbytes - at)
+            left = read_at(a, place.start + at, count, place.file)
+            if left != read_at(b, info.start + at, count, info.file):
+                return False
+    return True
+
+
+def _texts(
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None,
+    extra: Mapping[str, bytes],
+    shards: tuple[Shard, ...],
+) -> dict[str, bytes]:
+    """Return the files that are written from memory."""
+    taken = {"config.json", INDEX, MANIFEST, PROVENANCE, *(s.name for s in shards)}
+    for name in extra:
+        if check_basename(name, "extra_files") in taken or name.startswith("."):
+            raise CheckpointError(
+                f"extra file {escape(name)!r} has a name that morph writes itself."
+            )
+    texts = dict(extra)
+    texts["config.json"] = dump_json(clean_config(config, []))
+    if provenance is not None:
+        texts[PROVENANCE] = dump_json(strict.plain(provenance))
+    if len(shards) > 1:
+        weight_map = {p.target: s.name for s in shards for p in s.pieces}
+        total = sum(p.nbytes for s in shards for p in s.pieces)
+        texts[INDEX] = dump_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    return texts
+
+
+def _side_copies(
+    source: Checkpoint, texts: set[str], skip: set[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return output name -> source name of side files, and what is not copied."""
+    names = set(source.other_files)
+    copies = {n: n for n in names if n not in skip | texts | {MANIFEST, PROVENANCE}}
+    if CARD in names and CARD in texts and SOURCE_CARD not in names:
+        copies[SOURCE_CARD] = CARD
+    left = names - set(copies.values()) - {MANIFEST, PROVENANCE}
+    return copies, tuple(sorted(left | set(source.ignored_files)))
+
+
+class _Meter:
+    """Bytes done, told to the caller's `progress`."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], object] | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _write_shard(stage: Staging, source: Checkpoint, shard: Shard, meter: _Meter) -> None:
+    """Write header and data; tensors that follow each other in the source are copied as one."""
+    with stage.create(shard.name) as target, ExitStack() as stack:
+        files: dict[Path, int] = {}
+        target.append(shard.header)
+        meter.add(len(shard.header))
+        for run in _runs(shard.pieces):
+            if not isinstance(run, TensorInfo):
+                target.append(_buffer(run))
+                meter.add(run.nbytes)
+                continue
+            if run.file not in files:
+                known = source.headers.get(run.file.name)
+                expect = known.identity if known and run.file.parent == source.path else None
+                files[run.file] = stack.enter_context(
+                    _reading(run.file.parent, run.file.name, expect)
+                )
+            target.copy(files[run.file], run.file, run.start, run.nbytes, meter.add)
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[TensorInfo | Piece]:
+    """Yield places to copy, neighbours merged into one, and pieces whose bytes are in memory."""
+    run: TensorInfo | None = None
+    for piece in pieces:
+        place = piece.data
+        if isinstance(place, TensorInfo):
+            if run is not None and run.file == place.file and run.stop == place.start:
+                run = replace(run, stop=place.stop)
+                continue
+            if run is not None:
+                yield run
+            run = place
+        else:
+            if run is not None:
+                yield run
+            run = None
+            yield piece
+    if run is not None:
+        yield run
+
+
+def _buffer(piece: Piece) -> memoryview:
+    data: Any = piece.data() if callable(piece.data) else piece.data
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    view = memoryview(data).cast("B")
+    if len(view) != piece.nbytes:
+        raise CheckpointError(
+            f"tensor {escape(piece.target)!r} needs {piece.nbytes} bytes, got {len(view)}."
+        )
+    return view
+
+
+@contextmanager
+def _reading(
+    root: Path, name: str, expect: tuple[int, int, int, int] | None = None
+) -> Iterator[int]:
+    """Open a source file, and check at the end that it is still the one that was opened."""
+    fd = open_regular(root, name)
+    try:
+        before = identity(fd)
+        if expect is not None and before != expect:
+            raise CheckpointError(f"{escape(root / name)} was changed since it was opened.")
+        yield fd
+        if identity(fd) != before:
+            raise CheckpointError(f"{escape(root / name)} was changed while it was being copied.")
+    finally:
+        os.close(fd)
+
+
+def _check_written(folder: Path, shards: tuple[Shard, ...]) -> None:
+    """Open what was written as a reader would, and compare names, types and shapes."""
+    found = Checkpoint.open(folder, strict=False)
+    want = {p.target: (p.dtype, p.shape) for s in shards for p in s.pieces}
+    have = {n: (i.dtype, i.shape) for n, i in found.tensors.items()}
+    if want != have:
+        name = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))[0]
+        raise VerificationFailed(
+            f"tensor {escape(name)!r} was written as {have.get(name)}, expected {want.get(name)}. "
+            "Nothing was written."
+        )

@@ -1,0 +1,440 @@
+"""The command line: parse, call one pipeline function, print. No logic, nothing heavy at import."""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" or not __package__:
+    sys.exit("run `morph` or `python -m morph`: by path, morph/ would hide the standard library.")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from morph import terminal
+from morph.errors import Interrupted, MorphError, StorageError, UsageError, escape
+
+app = typer.Typer(
+    name="morph",
+    help="Turn a pretrained Hugging Face decoder into a hybrid-attention model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Local checkpoint folder or Hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Set one value by dotted name, e.g. mixer.window=512. Repeatable."),
+]
+FamilyOption = Annotated[
+    str | None, typer.Option("--family", help="Read the model as this family; see `morph list`.")
+]
+Texts = Annotated[
+    list[str] | None, typer.Option("--data", help="Text to use: .txt, .json, .jsonl. Repeatable.")
+]
+Selector = Annotated[str | None, typer.Option(help="Who chooses; see `morph list selectors`.")]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", help="Full attention to keep: 7 layers, 1/4, 25%, or 4096B a token."),
+]
+MixerOption = Annotated[str | None, typer.Option("--mixer", help="What replaces attention.")]
+GranularityOption = Annotated[
+    str | None, typer.Option("--granularity", help="layer, kv_head or head.")
+]
+Keep = Annotated[
+    list[str] | None, typer.Option("--keep", help="Layer (3) or unit (3.1) that stays full.")
+]
+Replace = Annotated[
+    list[str] | None, typer.Option("--replace", help="Layer (3) or unit (3.1) that is replaced.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for computing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Out = Annotated[Path, typer.Option("--out", help="File to write.")]
+NoSwaps = Annotated[bool, typer.Option("--no-swaps", help="Skip the verify-and-swap pass.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from morph import __version__
+
+        typer.echo(f"morph {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks of user errors too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    terminal.DEBUG = debug
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(help="families, kernels, mixers, selectors or recipes.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the parts there are, one line each."""
+    from morph import registry
+
+    kinds = [registry.check_kind(kind)] if kind else list(registry.KINDS)
+    found = {k: {n: registry.summary(k, n) for n in registry.names(k)} for k in kinds}
+    terminal.emit(found, as_json, terminal.parts)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A part, or kind/part.")]) -> None:
+    """Show what one part does: its documentation and options."""
+    from morph import registry
+
+    for kind, part in terminal.find_part(name):
+        terminal.part(
+            kind, part, registry.docstring(kind, part), registry.options(kind, part)
+        )
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show versions, devices and which fast paths can run here."""
+    from morph import pipeline
+
+    terminal.emit(pipeline.environment(), as_json, terminal.pairs)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    health: Annotated[bool, typer.Option(help="Read all weights and look for NaN.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show layers, mixers, heads, dtypes, ties, bytes and health of a checkpoint."""
+    from morph import checkpoint
+
+    found = checkpoint.inspect(checkpoint.resolve(model), health=health)
+    terminal.emit(found, as_json, terminal.inspection)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")],
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe strictly, without loading weights."""
+    from morph.recipes import schema
+
+    found = schema.load(recipe, sets or [])
+    if as_json:
+        from morph import strict
+
+        terminal.emit(strict.plain(found), True, terminal.pairs)
+    else:
+        typer.echo(schema.dumps(found), nl=False)
+        terminal.say(f"{escape(recipe)}: valid. Next: morph run {escape(recipe)}")
+
+
+def _recipe(
+    model: str,
+    sets: list[str] | None,
+    *,
+    family: str | None = None,
+    data: list[str] | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    mixer: str | None = None,
+    **select: Any,
+) -> Any:
+    """Return the Recipe that flags describe, `--set` applied last."""
+    from morph.recipes import schema
+
+    raw: dict[str, Any] = {"model": model, "seed": seed, "select": {}, "mixer": {}}
+    raw |= {k: v for k, v in {"family": family, "dtype": dtype}.items() if v is not None}
+    if data:
+        raw["data"] = {"text": list(data)}
+    if mixer:
+        raw["mixer"]["name"] = mixer
+    raw["select"] = {k: v for k, v in select.items() if v is not None}
+    return schema.from_data(schema.apply_sets(raw, sets or []), "command line")
+
+
+def _units(pins: list[str] | None) -> list[Any] | None:
+    if not pins:
+        return None
+    try:
+        parts = [[int(x) for x in p.split(".")] for text in pins for p in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"a layer (3) or layer.unit (3.1) was expected: {error}.") from error
+    return [p[0] if len(p) == 1 else p for p in parts]
+
+
+@app.command()
+def score(
+    model: Model,
+    selector: Selector = None,
+    granularity: GranularityOption = None,
+    mixer: MixerOption = None,
+    budget: BudgetOption = None,
+    data: Texts = None,
+    out: Out = Path("scores.json"),
+    family: FamilyOption = None,
+    seed: Seed = 0,
+    dtype: DType = None,
+    sets: Sets = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Score layers or heads: higher means more need for full attention."""
+    from morph import pipeline
+
+    recipe = _recipe(
+        model,
+        sets,
+        family=family,
+        data=data,
+        seed=seed,
+        dtype=dtype,
+        mixer=mixer,
+        selector=selector,
+        granularity=granularity,
+        budget=budget,
+    )
+    if dry_run:
+        return terminal.emit(pipeline.dry_run(recipe), as_json, terminal.pairs)
+    found = pipeline.score_command(recipe, out, force=force, say=terminal.say)
+    terminal.emit(found, as_json, terminal.scores)
+    terminal.next_command(
+        f"morph plan {out} --model {escape(model)} --budget {recipe.select.budget}"
+    )
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Argument(help="A scores.json.")],
+    model: Annotated[str, typer.Option(help="The scored model: geometry, and swaps with --data.")],
+    budget: BudgetOption = None,
+    mixer: MixerOption = None,
+    keep: Keep = None,
+    replace: Replace = None,
+    data: Texts = None,
+    no_swaps: NoSwaps = False,
+    out: Out = Path("plan.json"),
+    seed: Seed = 0,
+    sets: Sets = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Turn scores and a budget into a plan; with --data the choice is verified by swaps."""
+    from morph import pipeline
+
+    recipe = _recipe(
+        model,
+        sets,
+        data=data,
+        seed=seed,
+        mixer=mixer,
+        budget=budget,
+        keep=_units(keep),
+        replace=_units(replace),
+        verify_swaps=None if not no_swaps else False,
+    )
+    found = pipeline.plan_command(recipe, scores, out, force=force, say=terminal.say)
+    terminal.emit(found, as_json, terminal.plan)
+    terminal.next_command(f"morph convert {escape(model)} OUT --plan {out}")
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan.json; otherwise score and plan first.")
+    ] = None,
+    selector: Selector = None,
+    budget: BudgetOption = None,
+    mixer: MixerOption = None,
+    granularity: GranularityOption = None,
+    keep: Keep = None,
+    replace: Replace = None,
+    data: Texts = None,
+    target: Annotated[str, typer.Option(help="auto, stock or package.")] = "auto",
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add files that load it by remote code.")
+    ] = False,
+    no_swaps: NoSwaps = False,
+    family: FamilyOption = None,
+    seed: Seed = 0,
+    dtype: DType = None,
+    sets: Sets = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a hybrid checkpoint, loaded back and compared before it appears."""
+    from morph import pipeline
+
+    recipe = _recipe(
+        model,
+        sets,
+        family=family,
+        data=data,
+        seed=seed,
+        dtype=dtype,
+        mixer=mixer,
+        selector=selector,
+        budget=budget,
+        granularity=granularity,
+        keep=_units(keep),
+        replace=_units(replace),
+        verify_swaps=None if not no_swaps else False,
+    )
+    if dry_run:
+        return terminal.emit(
+            pipeline.dry_run(recipe, plan_file), as_json, terminal.pairs
+        )
+    found = pipeline.convert_command(
+        recipe,
+        out,
+        plan_file=plan_file,
+        target=target,
+        with_code=with_code,
+        force=force,
+        say=terminal.say,
+    )
+    terminal.emit(found, as_json, terminal.written)
+    terminal.next_command(f"morph evaluate {out} --against {escape(model)} --data FILE")
+
+
+@app.command()
+def distill(
+    hybrid: Annotated[str, typer.Argument(help="A hybrid that `morph convert` wrote.")],
+    teacher: Annotated[str, typer.Option(help="The model it was made of.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the distilled hybrid to.")],
+    data: Texts = None,
+    stages: Annotated[
+        str, typer.Option(help="align, logits, long: names with tokens, e.g. align=64K,logits=1M.")
+    ] = "align=100K,logits=1M",
+    target: Annotated[str, typer.Option(help="auto, stock or package.")] = "auto",
+    seed: Seed = 0,
+    sets: Sets = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Distil a hybrid from its source, stage by stage; the same command resumes."""
+    from morph import pipeline
+
+    recipe = _recipe(teacher, [], data=data, seed=seed)
+    recipe = pipeline.with_stages(recipe, stages, sets or [])
+    if dry_run:
+        return terminal.emit(pipeline.dry_run(recipe), as_json, terminal.pairs)
+    with terminal.training() as progress:
+        found = pipeline.distill_command(
+            recipe, hybrid, out, target=target, force=force, say=terminal.say, progress=progress
+        )
+    terminal.emit(found, as_json, terminal.written)
+    terminal.next_command(f"morph evaluate {out} --against {escape(teacher)} --data FILE")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(help="The source model; adds the baselines at the same budget.")
+    ] = None,
+    data: Texts = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for evaluation.json, report and pictures.")
+    ] = None,
+    seed: Seed = 0,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Measure recall by length and depth, perplexity, cache and speed, beside the baselines."""
+    from morph import pipeline
+
+    recipe = _recipe(against or model, sets, data=data, seed=seed)
+    found = pipeline.evaluate_command(
+        recipe, model, source=against, out=out, say=terminal.say
+    )
+    terminal.emit(found, as_json, terminal.evaluation)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    against: Annotated[
+        str | None, typer.Option(help="The source: load both and compare logits too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a written checkpoint: manifest, structure, and, with --against, what it computes."""
+    from morph import pipeline
+
+    terminal.emit(
+        pipeline.verify_command(path, against, say=terminal.say), as_json, terminal.pairs
+    )
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for everything the run makes.")
+    ] = None,
+    sets: Sets = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Do all of a recipe: score, plan, convert, distil, evaluate, report; the same command resumes."""
+    from morph import pipeline
+    from morph.recipes import schema
+
+    loaded = schema.load(recipe, sets or [])
+    root = schema.folder(recipe)
+    if dry_run:
+        return terminal.emit(pipeline.dry_run(loaded, root=root), as_json, terminal.pairs)
+    with terminal.training() as progress:
+        found = pipeline.run(
+            loaded, out, root=root, force=force, say=terminal.say, progress=progress
+        )
+    terminal.emit(found, as_json, terminal.run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; a user's mistake is one line, no traceback."""
+    sys.exit(_guarded(lambda: app(args=arguments, standalone_mode=False)))
+
+
+def _guarded(call: Callable[[], object]) -> int:
+    import click
+
+    try:
+        result = call()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return terminal.fail(Interrupted("stopped. The same command goes on from there."))
+    except click.ClickException as error:
+        return terminal.usage(error)
+    except KeyboardInterrupt:
+        return terminal.fail(Interrupted("stopped. The same command goes on from there."))
+    except MorphError as error:
+        return terminal.fail(error)
+    except BrokenPipeError:
+        return 0
+    except (OSError, MemoryError) as error:
+        return terminal.fail(StorageError(f"{type(error).__name__}: {error}"))
+
+

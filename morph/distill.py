@@ -1,0 +1,401 @@
+"""The training loop: batches, teacher, student, loss, backward, step, log, save.
+
+Stages are data (`recipes.schema.Stage`): what trains, which loss, how many tokens. `align` lets
+every converted layer regress its layer's attention output on the teacher's input; `logits` is the
+KL divergence to the teacher's distribution; `long` is cross-entropy. The output head never trains
+(nor an embedding tied to it), which is what keeps logits out of memory; see `_losses`. Dropout is
+off: the teacher is a function to be matched. Teacher and student share every tensor that does not
+train, and the teacher is bit-identical afterwards.
+
+A run resumes from `out/states`: weights, optimizer and random state as safetensors and JSON, and
+batches are pure functions of the step, so on one device the resumed run equals the uninterrupted
+one bit for bit. `out/log.jsonl` holds the numbers, `out/seconds.jsonl` the times.
+
+Reference: RADLADS (arXiv 2505.03005) and HALO for the order of the stages; AdamW with
+betas (0.9, 0.95), linear warm-up and cosine decay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from morph import strict
+from morph._batches import (
+    Batches,
+    Source,
+    StageBatches,
+    needle_batches,
+    text_batches,
+)
+from morph._objectives import align, end_to_end, shared_head
+from morph._runstate import RunStates, keep_lines, storage
+from morph._stages import check, estimate, learning_rate_factor, steps_of
+from morph._training import (
+    Trainee,
+    model_digest,
+    quiet,
+    random_state,
+    seeded,
+    set_random_state,
+    uninterrupted,
+)
+from morph.errors import (
+    Interrupted,
+    MismatchError,
+    RecipeError,
+    TrainingError,
+    UnsupportedModel,
+    UsageError,
+)
+from morph.mixers._hybrid import HybridAttention
+from morph.recipes.schema import Stage
+
+__all__ = [
+    "Batches",
+    "Event",
+    "Log",
+    "Source",
+    "check",
+    "distill",
+    "estimate",
+    "needle_batches",
+    "steps_of",
+    "text_batches",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What a progress callback is told.
+
+    `step`: `step` of `steps` of this stage is done. `saved`: the state is on disk. `note`: `text`
+    says something in words. `tokens` of `total_tokens` are those of the whole run; rate and
+    `eta_seconds` (all remaining stages at this stage's rate) count from where this process began.
+    """
+
+    kind: Literal["step", "saved", "note"]
+    text: str = ""
+    stage: int = 0
+    name: str = ""
+    step: int = 0
+    steps: int = 0
+    loss: float = math.nan
+    lr: float = 0.0
+    tokens: int = 0
+    total_tokens: int = 0
+    tokens_per_second: float = 0.0
+    eta_seconds: float = math.nan
+
+
+@dataclass(kw_only=True)
+class Log:
+    """What a run did: one record per step, as in `log.jsonl`, and the notes."""
+
+    path: Path
+    records: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0  # of this process only
+
+    def losses(self, stage: int) -> list[float]:
+        """Return the losses of one stage, step by step."""
+        return [r["loss"] for r in self.records if r["stage"] == stage]
+
+
+@dataclass(kw_only=True)
+class _Position:
+    """How far a run is: the next step of the next stage."""
+
+    stage: int = 0
+    step: int = 0
+    ordinal: int = 0  # steps of all stages
+    tokens: int = 0
+    lines: int = 0  # of the log
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    stages: Sequence[Stage],
+    batches: Source,
+    *,
+    out: Path,
+    seed: int,
+    layers: Mapping[int, nn.Module] | None = None,
+    needles: Source | None = None,
+    progress: Callable[[Event], None] | None = None,
+    accelerator: Any = None,
+) -> Log:
+    """Train the converted layers of `student` towards `teacher`, in place, stage by stage.
+
+    Both are causal LMs of one geometry; `layers` are the student's converted attention modules by
+    index (default: every HybridAttention). Called again with the same `out`, it goes on where it
+    was stopped. A stage with nothing to train is skipped with a note.
+
+    Raises RecipeError, DataError, UnsupportedModel (an unknown output head, float16),
+    MismatchError (student, teacher or saved state do not belong together), TrainingError (loss or
+    gradient not finite; saved states stay), StorageError, and Interrupted after Ctrl-C, with the
+    state saved.
+    """
+    check(stages)
+    if accelerator is None:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()
+    if layers is None:
+        layers = {m.layer_idx: m for m in student.modules() if isinstance(m, HybridAttention)}
+    _refuse(student, teacher, stages, accelerator, needles)
+    trainee = Trainee(student, teacher, dict(sorted(layers.items())))
+    teacher.to(accelerator.device)
+    student.to(accelerator.device)
+    vocab = student.get_input_embeddings().weight.shape[0]
+    fed = StageBatches(stages, batches, needles, vocab)
+    run = _Run(trainee, stages, fed, Path(out), seed, progress, accelerator)
+    with quiet(student, teacher), seeded(seed, accelerator.device):
+        try:
+            run.resume()
+            while run.position.stage < len(stages):
+                run.stage()
+        except KeyboardInterrupt:
+            run.save()
+            raise Interrupted(
+                f"stopped after {run.position.ordinal} steps; the state is saved in {run.out}. "
+                "The same command goes on from there."
+            ) from None
+        finally:
+            trainee.clear()
+    run.log.tokens = run.position.tokens
+    return run.log
+
+
+class _Run:
+    """One run: the loop and all that changes in it."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        stages: Sequence[Stage],
+        batches: StageBatches,
+        out: Path,
+        seed: int,
+        progress: Callable[[Event], None] | None,
+        accelerator: Any,
+    ) -> None:
+        self.trainee, self.stages, self.out, self.accelerator = trainee, stages, out, accelerator
+        self.progress, self.device = progress, accelerator.device
+        self.student, self.teacher = trainee.student, trainee.teacher
+        self.batches = batches
+        self.log = Log(path=out / "log.jsonl")
+        self.position = _Position()
+        self.random: dict[str, str] = {}
+        self.total = sum(estimate(stages))
+        self.loaded: dict[str, torch.Tensor] = {}
+        plan = getattr(self.student.config, "morph", None) or sorted(trainee.layers)
+        settings = {
+            "data": batches.digest(),
+            "plan": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+            "seed": seed,
+            "stages": strict.plain(list(stages)),
+            "student": model_digest(self.student, with_values=False),
+            "teacher": model_digest(self.teacher, with_values=True),
+        }
+        self.states = RunStates(out / "states", settings, self.note)
+
+    # --- one stage, top to bottom ---------------------------------------------------------------
+
+    def stage(self) -> None:
+        """Run the current stage from the current step to its end."""
+        at, stage = self.position, self.stages[self.position.stage]
+        names = self.trainee.names(stage) if self.trainee.layers else []
+        if not names:
+            self.note(
+                f"stage {at.stage} ({stage.loss}) is skipped: "
+                + (f"`train: {stage.train}` names no parameter of this student, whose mixers have "
+                   "none of their own." if self.trainee.layers else "no layer is converted.")
+            )
+            at.stage, at.step = at.stage + 1, 0
+            return
+        self.trainee.begin(stage, names, self.accelerator)
+        self.trainee.restore_optimizer(self.loaded)
+        self.loaded = {}
+        head = None
+        if stage.loss != "align":
+            head = shared_head(self.student, self.teacher, self._batch(at.stage, 0)[0])
+        steps, begun, first = steps_of(stage), time.perf_counter(), at.tokens
+        index, clock = at.stage, begun
+        for step in range(at.step, steps):
+            ids, labels = self._batch(index, step)
+            try:
+                if head is None:
+                    loss, extra = align(self.trainee, self.accelerator, ids)
+                else:
+                    loss, extra = end_to_end(
+                        self.trainee, self.accelerator, stage, head, ids, labels
+                    )
+                norm = self.trainee.clip(stage, self.accelerator)
+            except TrainingError as error:
+                raise TrainingError(f"{self._here()}: {error}; {self._advice()}") from None
+            factor = learning_rate_factor(stage, step)
+            with uninterrupted():
+                self.trainee.step(factor)
+                self.random = random_state(self.device)
+                at.tokens += stage.batch_size * stage.seq_len
+                at.ordinal, at.step = at.ordinal + 1, step + 1
+                if at.step == steps:
+                    at.stage, at.step = at.stage + 1, 0
+                now = time.perf_counter()
+                self._write(
+                    {
+                        "stage": index,
+                        "name": stage.loss,
+                        "step": step,
+                        "loss": loss,
+                        "lr": stage.lr * factor,
+                        "grad_norm": norm,
+                        "tokens": at.tokens,
+                        **extra,
+                    },
+                    now - clock,
+                )
+            self.log.seconds, clock = self.log.seconds + now - clock, now
+            if (step + 1) % stage.save_every == 0 or step + 1 == steps:
+                self.save()
+            rate = (at.tokens - first) / max(now - begun, 1e-9)
+            self._tell(
+                Event(
+                    kind="step",
+                    stage=index,
+                    name=stage.loss,
+                    step=step + 1,
+                    steps=steps,
+                    loss=loss,
+                    lr=stage.lr * factor,
+                    tokens=at.tokens,
+                    total_tokens=self.total,
+                    tokens_per_second=rate,
+                    eta_seconds=(self.total - at.tokens) / rate,
+                )
+            )
+
+    def _batch(self, index: int, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return this process's rows of ids and labels (None: plain text) on its device."""
+        ids, labels = self.batches.batch(index, step)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        ids = ids[rank::world].to(self.device)
+        return ids, None if labels is None else labels[rank::world].to(self.device)
+
+    # --- log, state, trouble --------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Go to where a saved state is, or to the start."""
+        self.random = random_state(self.device)
+        found = self.states.load()
+        if found:
+            tensors, content = found
+            self.position = _Position(**{k: v for k, v in content.items() if k != "random"})
+            self.trainee.restore_weights(tensors)
+            self.loaded = {k: t for k, t in tensors.items() if not k.startswith("model/")}
+            set_random_state(content["random"], self.device)
+            self.random = content["random"]
+            self.note(f"resuming after {self.position.ordinal} steps ({self.out}).")
+        if self.accelerator.is_main_process:
+            with storage(self.out, "nothing was changed"):
+                self.out.mkdir(parents=True, exist_ok=True)
+                have = keep_lines(self.log.path, self.position.lines)
+                keep_lines(self.out / "seconds.jsonl", self.position.lines)
+            if have < self.position.lines:
+                self.note(f"{self.log.path} lost {self.position.lines - have} lines.")
+                self.position.lines = have
+            if have:
+                try:
+                    lines = self.log.path.read_text(encoding="utf-8").splitlines()
+                    self.log.records = [json.loads(line) for line in lines]
+                except (ValueError, RecursionError):
+                    self.note(f"{self.log.path} cannot be read; it is left as it is.")
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write the state of the current position, once, from the main process."""
+        if not self.accelerator.is_main_process or self.position.ordinal == self.states.last:
+            return
+        with uninterrupted():
+            mid_stage = self.position.step > 0
+            self.states.save(
+                self.position.ordinal,
+                self.trainee.tensors(with_optimizer=mid_stage),
+                {**asdict(self.position), "random": self.random},
+            )
+        self._tell(Event(kind="saved", stage=self.position.stage, tokens=self.position.tokens))
+
+    def _write(self, record: dict[str, Any], seconds: float) -> None:
+        self.log.records.append(record)
+        self.position.lines += 1
+        if not self.accelerator.is_main_process:
+            return
+        times = {"stage": record["stage"], "step": record["step"], "seconds": round(seconds, 6)}
+        with storage(self.out, "the last state is intact"):
+            for path, line in ((self.log.path, record), (self.out / "seconds.jsonl", times)):
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    def note(self, text: str) -> None:
+        """Remember a remark and tell it."""
+        self.log.notes.append(text)
+        self._tell(Event(kind="note", text=text, total_tokens=self.total))
+
+    def _tell(self, event: Event) -> None:
+        if self.progress is not None and self.accelerator.is_main_process:
+            self.progress(event)
+
+    def _here(self) -> str:
+        stage = self.stages[self.position.stage]
+        return f"stage {self.position.stage} ({stage.loss}), step {self.position.step}"
+
+    def _advice(self) -> str:
+        last = self.states.last
+        kept = "no state was saved yet" if last is None else f"the state after step {last} is kept"
+        stage = self.stages[self.position.stage]
+        return f"{kept} in {self.out}. Lower lr ({stage.lr}) or gate_lr ({stage.gate_lr})."
+
+
+def _refuse(
+    student: Any,
+    teacher: Any,
+    stages: Sequence[Stage],
+    accelerator: Any,
+    needles: Source | None,
+) -> None:
+    """Raise for what cannot run before anything is touched."""
+    if student is teacher:
+        raise UsageError("student and teacher are one object; make the student with a plan.")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        mine, theirs = getattr(student.config, key, None), getattr(teacher.config, key, None)
+        if mine != theirs:
+            raise MismatchError(f"{key} is {mine} in the student and {theirs} in the teacher.")
+    half = accelerator.mixed_precision == "fp16"
+    if half or any(p.dtype == torch.float16 for p in student.parameters()):
+        raise UnsupportedModel(
+            "gradients underflow in float16; load the model in float32 or bfloat16 to train it."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UsageError("gradient accumulation is not supported; lower batch_size instead.")
+    for i, stage in enumerate(stages):
+        if stage.batch_size % accelerator.num_processes:
+            raise RecipeError(
+                f"distill[{i}].batch_size: {stage.batch_size} rows cannot be shared by "
+                f"{accelerator.num_processes} processes; give a multiple."
+            )
+        if stage.needles and needles is None:
+            raise RecipeError(
+                f"distill[{i}].needles: {stage.needles}, but no needle batches were given."
+            )

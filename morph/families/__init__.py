@@ -1,0 +1,1 @@
+"""Where a Hugging Face model keeps its attention: one file per `model_type`."""

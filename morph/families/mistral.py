@@ -1,0 +1,63 @@
+"""Mistral 7B and its like, with or without a window over every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from morph.families import _stock, _windows
+from morph.families._family import Family
+
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "rope_parameters": None,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,  # a config.json without the key slides everywhere; null does not
+    "attention_dropout": 0.0,
+}
+
+
+def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return the source's own window of every layer; it is the same everywhere, or None."""
+    return _windows.uniform({**DEFAULTS, **config})
+
+
+FAMILY = Family(
+    model_type="mistral",
+    module="transformers.models.mistral.modeling_mistral",
+    config_class="MistralConfig",
+    base_class="MistralModel",
+    causal_class="MistralForCausalLM",
+    attention_class="MistralAttention",
+    tiny_config={
+        "vocab_size": 89,
+        "hidden_size": 36,
+        "intermediate_size": 44,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 3e-5,
+        "sliding_window": None,
+        "pad_token_id": 0,
+    },
+    defaults=DEFAULTS,
+    windows=windows,
+    stock=(_stock.ministral(DEFAULTS), _stock.granite_swa(DEFAULTS)),
+)

@@ -1,0 +1,1 @@
+"""Modules that stand where attention stood: one file per mixer."""

@@ -1,0 +1,372 @@
+"""One function per stage, and `run`, which does them all. What the command line calls.
+
+Importing this loads no torch; stages that need it load it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morph import checkpoint
+from morph import plan as planning
+from morph.errors import MismatchError, OutputExists, RecipeError, UsageError, escape
+from morph.pipeline import _data, _select
+from morph.pipeline._source import Say, Source, open_source, quiet
+from morph.plan import Plan, Scores
+from morph.recipes import schema
+from morph.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from morph.evaluation import Evaluation
+
+__all__ = [
+    "Source",
+    "convert_command",
+    "distill_command",
+    "dry_run",
+    "environment",
+    "evaluate_command",
+    "open_source",
+    "plan_command",
+    "run",
+    "score_command",
+    "verify_command",
+    "with_stages",
+]
+
+LENGTHS = {"1K": 1024, "32K": 32768, "128K": 131072}
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, devices and which fast paths can run here."""
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("morph-hybrid", "torch", "transformers", "triton", "accelerate", "safetensors"):
+        found[name] = _installed(name)
+    found["flash-linear-attention"] = _installed("flash-linear-attention")
+    found["threads"] = torch.get_num_threads()
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    from morph import registry
+
+    for name in registry.names("kernels"):
+        kernel = registry.load("kernels", name)
+        found[f"kernel {name}"] = getattr(kernel, "__doc__", "").splitlines()[0]
+    return found
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_result(path: Path, text: str, force: bool) -> None:
+    """Write a small result file whole or not at all; raise OutputExists unless `force`."""
+    if path.exists() and not force:
+        raise OutputExists(f"{path} exists. Give another --out, or --force to replace it.")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder; make it first, or give another --out.")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _corpus(recipe: Recipe, source: Source, root: Path | None = None) -> _data.Corpus | None:
+    if not recipe.data.text:
+        return None
+    return _data.corpus(recipe.data, source.tokenizer(), root)
+
+
+def score_command(
+    recipe: Recipe, out: Path, *, force: bool = False, say: Say = quiet
+) -> Scores:
+    """Score the recipe's model and write scores.json."""
+    if out.exists() and not force:
+        raise OutputExists(f"{out} exists. Give another --out, or --force to replace it.")
+    source = open_source(recipe.model, recipe.family)
+    found = _select.score(
+        source,
+        recipe.select,
+        recipe.mixer,
+        _corpus(recipe, source),
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        say=say,
+    )
+    write_result(out, planning.dumps(found), force)
+    say(f"wrote {out}")
+    return found
+
+
+def plan_command(
+    recipe: Recipe, scores: Path, out: Path, *, force: bool = False, say: Say = quiet
+) -> dict[str, Any]:
+    """Turn scores into plan.json; return what people want to know of it."""
+    source = open_source(recipe.model, recipe.family)
+    found = _select.read_scores(scores)
+    made, swaps = _select.make_plan(
+        found,
+        recipe.select,
+        recipe.mixer,
+        source,
+        corpus=_corpus(recipe, source),
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        say=say,
+    )
+    write_result(out, planning.dumps(made), force)
+    say(f"wrote {out}")
+    return {**describe(made), **({"swaps": swaps} if swaps else {})}
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Return pattern, mixers and cache bytes of a plan beside its source's."""
+    full = planning.full_plan(plan.model_type, plan.geometry)
+    cache = {}
+    for name, length in LENGTHS.items():
+        before, after = full.cache_bytes(length), plan.cache_bytes(length)
+        cache[f"cache at {name} (bf16)"] = f"{after:,} of {before:,} bytes ({after / before:.2f}x)"
+    return {
+        "pattern": plan.pattern,
+        "full layers": list(plan.full_layers),
+        "mixers": list(plan.mixers),
+        **cache,
+    }
+
+
+def dry_run(recipe: Recipe, plan_file: Path | None = None, root: Path | None = None) -> dict[str, Any]:
+    """Return what a command would do: plan limits, cache bytes, tokens; nothing is loaded or written."""
+    source = open_source(_model_path(recipe.model, root), recipe.family)
+    if plan_file is not None:
+        return describe(_select.read_plan(plan_file))
+    shape = source.geometry
+    blank = Scores(
+        selector="dry_run",
+        model_type=source.family.model_type,
+        granularity=recipe.select.granularity,
+        values=tuple(
+            (0.0,) * shape.units(recipe.select.granularity)
+            for _ in range(shape.num_hidden_layers)
+        ),
+        unit="none",
+    )
+    kept = planning.choose_units(blank, _select.budget_of(recipe.select), geometry=shape)
+    units = len(shape.candidates) * shape.units(recipe.select.granularity)
+    per_token = 2 * shape.entry_elements() * shape.num_key_value_heads
+    return {
+        "model": str(source.path),
+        "family": source.family.model_type,
+        "layers": shape.num_hidden_layers,
+        "weights": source.checkpoint.nbytes,
+        "selector": recipe.select.selector,
+        "keeps full": f"{len(kept)} of {units} ({recipe.select.granularity})",
+        "mixer": recipe.mixer.name,
+        "full cache a token": f"{per_token * len(shape.candidates):,} bytes",
+        "calibration tokens": recipe.select.examples * recipe.select.seq_len,
+        "distillation tokens": sum(s.tokens for s in recipe.distill),
+        "distillation FLOPs": f"{8 * source.checkpoint.nbytes // 4 * sum(s.tokens for s in recipe.distill):.3g}",
+    }
+
+
+def convert_command(
+    recipe: Recipe,
+    out: Path,
+    *,
+    plan_file: Path | None = None,
+    target: str = "auto",
+    with_code: bool = False,
+    force: bool = False,
+    say: Say = quiet,
+) -> dict[str, Any]:
+    """Write the hybrid of the recipe's model; score and plan first where no plan is given."""
+    from morph.pipeline import _convert
+
+    if target not in ("auto", "stock", "package"):
+        raise UsageError(f"--target {escape(target)!r} is unknown: auto, stock or package.")
+    source = open_source(recipe.model, recipe.family)
+    checkpoint.check_output(out, [source.path], force)
+    found, swaps = None, {}
+    if plan_file is not None:
+        made = _select.read_plan(plan_file)
+    else:
+        found, made, swaps = _chosen(recipe, source, say)
+    written = _convert.convert(
+        source,
+        made,
+        out,
+        target=target,  # type: ignore[arg-type]
+        force=force,
+        with_code=with_code,
+        provenance=_select.provenance_of(found, swaps),
+        say=say,
+    )
+    return _tell(written, made)
+
+
+def _chosen(
+    recipe: Recipe, source: Source, say: Say
+) -> tuple[Scores, Plan, dict[str, Any]]:
+    corpus = _corpus(recipe, source)
+    model = source.model(recipe.dtype)
+    common = {"seed": recipe.seed, "model": model, "say": say}
+    found = _select.score(source, recipe.select, recipe.mixer, corpus, **common)
+    made, swaps = _select.make_plan(
+        found, recipe.select, recipe.mixer, source, corpus=corpus, **common
+    )
+    return found, made, swaps
+
+
+def _tell(written: Any, plan: Plan) -> dict[str, Any]:
+    told = {
+        "wrote": str(written.path),
+        "format": written.format,
+        **describe(plan),
+        "verified": (
+            f"{written.verification['tensors_byte_equal']} tensors byte-equal, logits within "
+            f"{written.verification['logit_error']:.1e} of the hybrid in memory"
+        ),
+        "load": written.load,
+        "serve": written.serve,
+    }
+    if written.reasons:
+        told["not stock because"] = " ".join(written.reasons)
+    return told
+
+
+def with_stages(recipe: Recipe, text: str, sets: list[str]) -> Recipe:
+    """Return the recipe with stages from `align=64K,logits=1M`, `--set` applied last."""
+    from morph import strict
+
+    stages = []
+    for part in filter(None, text.split(",")):
+        name, _, tokens = part.partition("=")
+        if not tokens:
+            raise RecipeError(f"--stages {escape(part)!r}: give tokens, such as {escape(name)}=1M.")
+        stages.append({"loss": name.strip(), "tokens": tokens.strip()})
+    raw = {**strict.plain(recipe), "distill": stages}
+    return schema.from_data(schema.apply_sets(raw, sets), "command line")
+
+
+def distill_command(
+    recipe: Recipe,
+    hybrid: str,
+    out: Path,
+    *,
+    target: str = "auto",
+    force: bool = False,
+    say: Say = quiet,
+    progress: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Distil a written hybrid from its source and write the result; state lives beside `out`."""
+    from morph.pipeline import _convert, _train
+
+    source = open_source(recipe.model, recipe.family)
+    given = checkpoint.Checkpoint.open(checkpoint.resolve(hybrid), strict=False)
+    checkpoint.check_output(out, [source.path, given.path], force)
+    made = plan_of_folder(given.path)
+    corpus = _data.corpus(recipe.data, source.tokenizer())
+    teacher = source.model(recipe.dtype)
+    student = _train.student_of(teacher, made, source, given)
+    work = out.with_name(out.name + ".distill")
+    log = _train.distill(
+        recipe, student, teacher, corpus, source.tokenizer(), work, say=say, progress=progress
+    )
+    written = _convert.convert(
+        source,
+        made,
+        out,
+        target=target,  # type: ignore[arg-type]
+        force=force,
+        student=student,
+        provenance={"distill": _train.summary(log, recipe)},
+        say=say,
+    )
+    return _tell(written, made)
+
+
+def plan_of_folder(path: Path) -> Plan:
+    """Return the plan of a hybrid that morph wrote; raise MismatchError for any other folder."""
+    file = path / "morph.json"
+    if not file.is_file():
+        raise MismatchError(
+            f"{path}: has no morph.json, so it was not written by morph. Convert a model first."
+        )
+    found = checkpoint.load_json(file.read_bytes(), str(file))
+    if not isinstance(found, dict) or "plan" not in found:
+        raise MismatchError(f"{file}: names no plan.")
+    return planning.loads_plan(json.dumps(found["plan"]), f"{file}: plan")
+
+
+def evaluate_command(
+    recipe: Recipe,
+    model: str,
+    *,
+    source: str | None = None,
+    out: Path | None = None,
+    say: Say = quiet,
+) -> Evaluation:
+    """Evaluate a model alone, or a hybrid beside its source and the baselines at its budget."""
+    from morph import evaluation as evaluations
+    from morph.pipeline import _measure
+
+    found = _measure.compare(recipe, model, source, say=say)
+    if out is not None:
+        from morph import report
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_result(out / "evaluation.json", evaluations.dumps(found), True)
+        paths = report.report(out, evaluation=found)
+        say(f"wrote {', '.join(map(str, paths[:2]))}")
+    return found
+
+
+def verify_command(path: Path, against: str | None, *, say: Say = quiet) -> dict[str, Any]:
+    """Check manifest and structure; with `against`, load both in fresh processes and compare."""
+    checkpoint.verify(path)
+    opened = checkpoint.Checkpoint.open(path)
+    told: dict[str, Any] = {
+        "manifest": "every file is as it was written",
+        "tensors": len(opened.tensors),
+        "bytes": opened.nbytes,
+    }
+    if against is not None:
+        from morph.pipeline import _verify
+
+        told |= _verify.against(open_source(against), path, plan_of_folder(path))
+    return told
+
+
+def _model_path(model: str, root: Path | None) -> str:
+    if root is not None and (root / model).is_dir():
+        return str(root / model)
+    return model
+
+
+def run(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    root: Path | None = None,
+    force: bool = False,
+    say: Say = quiet,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Do all of a recipe in the folder `out`; see `_run.run`."""
+    from morph.pipeline import _run
+
+    return _run.run(recipe, out, root=root, force=force, say=say, progress=progress)
+
+
+def convert(model: str, out: str | Path, plan: Plan, **options: Any) -> Any:
+    """Write the hybrid that `plan` makes of a checkpoint folder; see `_convert.convert`."""
+    from morph.pipeline import _convert
+
+    return _convert.convert(open_source(model), plan, out, **options)

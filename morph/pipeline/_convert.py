@@ -1,0 +1,260 @@
+"""From a source checkpoint and a plan to a written, re-loaded and compared hybrid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from morph import checkpoint, plan as planning, strict
+from morph.errors import MismatchError, UsageError, escape
+from morph.families import _stock
+from morph.families._family import Move, StockTarget
+from morph.pipeline import _verify
+from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
+from morph.plan import Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+Target = Literal["auto", "stock", "package"]
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name -> (dtype, shape, bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What `convert` wrote and what was checked about it."""
+
+    path: Path
+    format: str  # stock model type, or the morph_ type
+    pattern: str
+    serve: str
+    load: str
+    reasons: tuple[str, ...]
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def convert(
+    source: Source,
+    plan: Plan,
+    out: str | Path,
+    *,
+    target: Target = "auto",
+    force: bool = False,
+    with_code: bool = False,
+    student: nn.Module | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    card: str = "",
+    say: Say = quiet,
+) -> Written:
+    """Write the hybrid that `plan` makes of `source` to the folder `out`, verified before it appears.
+
+    Untouched tensors are copied byte for byte. A plan that a stock architecture can hold becomes a
+    stock checkpoint unless `target` is `package`; with `target` `stock` anything else is an error.
+    `student` is a distilled hybrid whose changed tensors replace the source's. `with_code` adds
+    the files that load a package checkpoint by remote code. Raises MismatchError where plan and
+    source differ, VerificationFailed where the loaded result is not what it should be.
+    """
+    from morph import surgery
+
+    start = time.perf_counter()
+    refuse_hybrid(source, "convert")
+    if plan.geometry != source.geometry:
+        raise MismatchError(f"the plan was made for {plan.geometry}; the model is {source.geometry}.")
+    if not plan.replaced_layers:
+        raise UsageError("the plan replaces nothing: every layer stays full. Nothing to convert.")
+    checkpoint.check_output(Path(out), [source.path], force)
+    refuse_nonfinite(source)
+    plan = surgery.resolve_costs(plan)
+    stock, reasons = _target(source, plan, target)
+    if with_code and stock is not None:
+        raise UsageError(f"--with-code: a stock {stock.model_type} checkpoint needs no code.")
+    new, replaced = _tensors(source, plan, student)
+    names = tuple(sorted({*source.checkpoint.tensors, *new}))
+    config = _config(source, plan, stock)
+    moves = stock.moves(source.checkpoint.config, plan, names) if stock and stock.moves else None
+    replaced = _through(replaced, moves)
+    serve = _serve(stock, out, with_code)
+    verdict: dict[str, Any] = {}
+
+    def check(staged: Path) -> None:
+        say(f"verifying in a fresh process: {staged.name}")
+        verdict.update(
+            _verify.load_and_compare(
+                source, plan, staged, stock, moves, set(new) | set(replaced), student
+            )
+        )
+
+    extra: dict[str, bytes] = {}
+    if with_code:
+        from morph.pipeline import _remote
+
+        extra = _remote.files(source.family, config)
+    summary = {
+        "plan": strict.plain(plan),
+        "pattern": plan.pattern,
+        "format": config["model_type"],
+        "source": {"name": source.path.name, "sha256": source.checkpoint.fingerprint},
+        "provenance": strict.plain(dict(provenance or {})),
+        "serve": serve.replace(str(out), "{path}"),
+    }
+    extra["README.md"] = (card or _card(source, plan, config, serve, reasons)).encode()
+    say(f"writing {config['model_type']} checkpoint {escape(out)}")
+    checkpoint.write_checkpoint(
+        Path(out),
+        config=config,
+        source=source.checkpoint,
+        moves=moves,
+        new_tensors=new,
+        replaced=replaced,
+        extra_files=extra,
+        provenance=summary,
+        force=force,
+        verify=check,
+    )
+    return Written(
+        path=Path(out),
+        format=config["model_type"],
+        pattern=plan.pattern,
+        serve=serve,
+        load=_load_line(stock, out),
+        reasons=tuple(reasons),
+        verification=verdict,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _target(
+    source: Source, plan: Plan, target: Target
+) -> tuple[StockTarget | None, list[str]]:
+    if target == "package":
+        return None, ["a package checkpoint was asked for."]
+    stock, reasons = _stock.pick(source.family, source.checkpoint.config, plan)
+    if stock is None and target == "stock":
+        raise UsageError(
+            f"no stock architecture can hold this plan: {' '.join(reasons)} "
+            "Use --target package, or change the plan."
+        )
+    return stock, [] if stock else reasons
+
+
+def _config(source: Source, plan: Plan, stock: StockTarget | None) -> dict[str, Any]:
+    config = dict(source.checkpoint.config)
+    if stock is not None:
+        return stock.config(config, plan)
+    family = source.family
+    config["model_type"] = f"morph_{family.model_type}"
+    config["architectures"] = [f"Morph{family.causal_class}"]
+    config["morph"] = {"plan": strict.plain(plan)}
+    return config
+
+
+def _tensors(source: Source, plan: Plan, student: nn.Module | None) -> tuple[Tensors, Tensors]:
+    """Return (new tensors, replaced tensors): mixers' own, and those that training changed."""
+    from morph import modeling, surgery
+
+    if student is None:
+        if not surgery.own_parameter_names(source.family, plan):
+            return {}, {}
+        student = modeling.hybrid(source.model("auto"), plan)
+        changed: set[str] = set()
+    else:
+        changed = trained_names(student)
+    code = source.checkpoint.main_dtype
+    own = {name for name, _ in surgery.mixer_parameters(student)}
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    new = {n: _bytes(parameters[n], code) for n in sorted(own)}
+    replaced = {
+        n: _bytes(parameters[n], source.checkpoint.tensors[n].dtype)
+        for n in sorted(changed - own)
+    }
+    return new, replaced
+
+
+def trained_names(student: nn.Module) -> set[str]:
+    """Return the names of parameters that distillation un-shared from the teacher."""
+    return set(getattr(student, "morph_trained", ()))
+
+
+def _bytes(tensor: Any, code: str) -> tuple[str, tuple[int, ...], bytes]:
+    """Return a tensor as (safetensors dtype, shape, bytes), rounded once to that dtype."""
+    import torch
+
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    dtype = dtypes.get(code, torch.bfloat16)
+    flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+    code = code if code in dtypes else "BF16"
+    return code, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+
+
+def _serve(stock: StockTarget | None, out: str | Path, with_code: bool) -> str:
+    if stock is not None:
+        return stock.serve.format(path=out)
+    if with_code:
+        return f"vllm serve {out} --trust-remote-code --model-impl transformers  (full and sliding layers only)"
+    return "no server runs this plan yet; load it in Python with `import morph`"
+
+
+def _load_line(stock: StockTarget | None, out: str | Path) -> str:
+    start = "" if stock is not None else "import morph; "
+    return (
+        f"{start}from transformers import AutoModelForCausalLM; "
+        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    )
+
+
+def _card(
+    source: Source, plan: Plan, config: Mapping[str, Any], serve: str, reasons: list[str]
+) -> str:
+    """Return the model card: what was changed, how to load and serve it."""
+    rows = "\n".join(
+        f"| {n // 1024}K | {planning.full_plan(plan.model_type, plan.geometry).cache_bytes(n):,} "
+        f"| {plan.cache_bytes(n):,} |"
+        for n in (1024, 32768, 131072)
+    )
+    why = f"\nWhy not a stock architecture: {' '.join(reasons)}\n" if reasons else ""
+    load = "" if not config["model_type"].startswith("morph_") else "import morph\n"
+    return (
+        f"# Hybrid of {source.path.name}\n\n"
+        f"Made by morph from `{source.path.name}` (model type `{source.family.model_type}`). "
+        f"Attention per layer, F full, S sliding window, D decay, * mixed heads:\n\n"
+        f"    {plan.pattern}\n\n"
+        f"Saved as `{config['model_type']}`.{why}\n"
+        "| tokens | cache of the source, bytes (16 bit) | cache of the hybrid |\n|---|---|---|\n"
+        f"{rows}\n\n"
+        f"```python\n{load}from transformers import AutoModelForCausalLM\n"
+        f'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")\n```\n\n'
+        f"Serving: `{serve.replace(str(source.path), '')}`\n"
+    )
+
+
+def probe_ids(source: Source, plan: Plan) -> np.ndarray:
+    """Return the token ids `[1, T]` that verification runs: long enough to leave every window."""
+    import numpy as np
+
+    windows = [
+        g.cache.tokens for x in plan.layers for g in x.groups if g.cache and g.cache.tokens
+    ]
+    limit = int(source.checkpoint.config.get("max_position_embeddings") or 2048)
+    length = max(16, min(max([48, *(2 * w for w in windows)]), limit, 4096))
+    vocab = source.checkpoint.config["vocab_size"]
+    return np.random.default_rng(0).integers(0, vocab, size=(1, length))
+
+
+def _through(tensors: Tensors, moves: list[Move] | None) -> Tensors:
+    """Return tensors under their target names, cut into the rows that each target takes."""
+    if moves is None:
+        return tensors
+    found: Tensors = {}
+    for move in moves:
+        if move.source not in tensors:
+            continue
+        code, shape, data = tensors[move.source]
+        first, last = move.rows or (0, shape[0])
+        row = len(data) // shape[0]
+        found[move.target] = (code, (last - first, *shape[1:]), data[first * row : last * row])
+    return found

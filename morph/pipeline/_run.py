@@ -1,0 +1,291 @@
+"""A whole recipe, resumable: every stage writes a file, and runs again only when its inputs changed.
+
+    OUT/recipe.yaml        the recipe as it ran
+    OUT/scores.json        what the selector measured
+    OUT/plan.json          who keeps full attention
+    OUT/checkpoint/        the verified hybrid
+    OUT/evaluation.json    the numbers
+    OUT/report.html, report.md, *.png
+    OUT/run.json           digests of what each stage was made from, and what it cost
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morph import __version__, checkpoint, strict
+from morph import plan as planning
+from morph.errors import OutputExists, UsageError
+from morph.pipeline import _convert, _data, _select
+from morph.pipeline._source import Say, Source, open_source, quiet
+from morph.plan import Plan, Scores
+from morph.recipes import schema
+from morph.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from morph.evaluation import Evaluation
+
+
+@dataclass
+class Run:
+    """One run: the recipe, its folder, and what the stages share."""
+
+    recipe: Recipe
+    out: Path
+    source: Source
+    corpus: _data.Corpus
+    say: Say
+    progress: Callable[[Mapping[str, Any]], None] | None
+    record: dict[str, Any] = field(default_factory=dict)
+    _model: nn.Module | None = None
+
+    def model(self) -> nn.Module:
+        """Return the source model, loaded once."""
+        if self._model is None:
+            self._model = self.source.model(self.recipe.dtype)
+        return self._model
+
+    def fresh(self, stage: str, inputs: Any, made: Path) -> bool:
+        """Return True where the stage's file is there and was made from these inputs."""
+        done = self.record.setdefault("stages", {}).get(stage, {})
+        same = done.get("inputs") == digest(inputs) and made.exists()
+        if same:
+            self.say(f"{stage}: unchanged, kept {made}")
+        return same
+
+    def note(self, stage: str, inputs: Any, start: float, **more: Any) -> None:
+        """Remember what a stage was made from and what it cost."""
+        self.record["stages"][stage] = {
+            "inputs": digest(inputs),
+            "seconds": round(time.perf_counter() - start, 2),
+            **more,
+        }
+        _write(self.out / "run.json", json.dumps(self.record, sort_keys=True, indent=1) + "\n")
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a plain value's canonical JSON."""
+    text = json.dumps(strict.plain(value), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    root: Path | None = None,
+    force: bool = False,
+    say: Say = quiet,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Score, plan, convert or distil, evaluate and report; return the evaluation and the paths.
+
+    `root` is the folder that the recipe's relative paths start from. A folder that another recipe
+    filled is refused unless `force`. Stopped runs go on with the first stage that is missing or
+    whose inputs changed.
+    """
+    folder = out or (Path(recipe.out) if recipe.out else None)
+    if folder is None:
+        raise UsageError("say where the run goes: --out FOLDER, or `out:` in the recipe.")
+    local = (root / recipe.model) if root is not None else Path(recipe.model)
+    name = str(local) if local.is_dir() else recipe.model
+    source = open_source(name, recipe.family)
+    record = _open_folder(folder, source, force)
+    corpus = _data.corpus(recipe.data, source.tokenizer(), root)
+    state = Run(recipe, folder, source, corpus, say, progress, record)
+    started = time.perf_counter()
+    _write(folder / "recipe.yaml", schema.dumps(recipe))
+    scores = _scores(state)
+    plan = _plan(state, scores)
+    serve = _checkpoint(state, plan)
+    found = _evaluation(state, plan)
+    paths = _report(state, scores, plan, found, serve)
+    return {
+        "evaluation": found,
+        "pattern": plan.pattern,
+        "checkpoint": str(folder / "checkpoint"),
+        "report": str(paths[0]),
+        "pictures": [str(p) for p in paths if p.suffix == ".png"],
+        "load": serve["load"],
+        "serve": serve["serve"],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _open_folder(folder: Path, source: Source, force: bool) -> dict[str, Any]:
+    if folder.resolve() == source.path.resolve() or source.path.resolve() in folder.resolve().parents:
+        raise OutputExists(f"{folder} is, or lies inside, the model {source.path}.")
+    if folder.exists() and not folder.is_dir():
+        raise OutputExists(f"{folder} is a file; give a folder.")
+    file = folder / "run.json"
+    if folder.exists() and any(folder.iterdir()) and not file.is_file() and not force:
+        raise OutputExists(f"{folder} holds other files. Give another --out, or --force.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        found = checkpoint.load_json(file.read_bytes(), str(file))
+        if isinstance(found, dict) and isinstance(found.get("stages"), dict):
+            return found
+    _write(file, json.dumps({"stages": {}}) + "\n")
+    return {"stages": {}}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _base(state: Run) -> dict[str, Any]:
+    recipe = state.recipe
+    return {
+        "morph": __version__,
+        "model": state.source.checkpoint.fingerprint,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "text": hashlib.sha256(state.corpus.train.numpy().tobytes()).hexdigest(),
+        "mixer": strict.plain(recipe.mixer),
+        "select": strict.plain(recipe.select),
+    }
+
+
+def _scores(state: Run) -> Scores:
+    file, inputs = state.out / "scores.json", _base(state)
+    if state.fresh("scores", inputs, file):
+        return _select.read_scores(file)
+    start, recipe = time.perf_counter(), state.recipe
+    found = _select.score(
+        state.source,
+        recipe.select,
+        recipe.mixer,
+        state.corpus,
+        seed=recipe.seed,
+        model=state.model(),
+        say=state.say,
+    )
+    _write(file, planning.dumps(found))
+    state.note("scores", inputs, start, forwards=found.provenance.get("forwards"))
+    return found
+
+
+def _plan(state: Run, scores: Scores) -> Plan:
+    file, inputs = state.out / "plan.json", {**_base(state), "scores": scores.digest}
+    if state.fresh("plan", inputs, file):
+        return _select.read_plan(file)
+    start, recipe = time.perf_counter(), state.recipe
+    found, swaps = _select.make_plan(
+        scores,
+        recipe.select,
+        recipe.mixer,
+        state.source,
+        corpus=state.corpus,
+        seed=recipe.seed,
+        model=state.model(),
+        say=state.say,
+    )
+    _write(file, planning.dumps(found))
+    state.note("plan", inputs, start, swaps=swaps, pattern=found.pattern)
+    return found
+
+
+def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
+    recipe, folder = state.recipe, state.out / "checkpoint"
+    inputs = {
+        **_base(state),
+        "plan": planning.dumps(plan),
+        "distill": strict.plain(recipe.distill),
+    }
+    if state.fresh("checkpoint", inputs, folder):
+        return dict(state.record["stages"]["checkpoint"]["use"])
+    start = time.perf_counter()
+    student, log = None, None
+    if recipe.distill:
+        from morph import modeling
+        from morph.pipeline import _train
+
+        teacher = state.model()
+        student = modeling.hybrid(teacher, plan)
+        log = _train.distill(
+            recipe,
+            student,
+            teacher,
+            state.corpus,
+            state.source.tokenizer(),
+            state.out / "distill",
+            say=state.say,
+            progress=state.progress,
+        )
+    written = _convert.convert(
+        state.source,
+        plan,
+        folder,
+        force=folder.exists(),
+        student=student,
+        provenance={"recipe": replace(recipe, out=None)},
+        say=state.say,
+    )
+    use = {"load": written.load, "serve": written.serve, "format": written.format}
+    more: dict[str, Any] = {"verification": dict(written.verification)}
+    if log is not None:
+        from morph.pipeline import _train
+
+        more["distill"] = _train.summary(log, recipe)
+    state.note("checkpoint", inputs, start, use=use, **more)
+    return use
+
+
+def _evaluation(state: Run, plan: Plan) -> Evaluation:
+    from morph import evaluation as evaluations
+    from morph.pipeline import _measure
+
+    file = state.out / "evaluation.json"
+    given = checkpoint.Checkpoint.open(state.out / "checkpoint", strict=False)
+    inputs = {
+        **_base(state),
+        "checkpoint": given.fingerprint,
+        "evaluate": strict.plain(state.recipe.evaluate),
+    }
+    if state.fresh("evaluation", inputs, file):
+        return evaluations.loads(file.read_text(encoding="utf-8"), str(file))
+    start = time.perf_counter()
+    found = _measure.beside(
+        state.recipe, state.source, plan, given, state.corpus, base=state.model(), say=state.say
+    )
+    _write(file, evaluations.dumps(found))
+    state.note("evaluation", inputs, start)
+    return found
+
+
+def _report(
+    state: Run, scores: Scores, plan: Plan, found: Evaluation, use: Mapping[str, str]
+) -> list[Path]:
+    from morph import report
+
+    stages = state.record["stages"]
+    log = state.out / "distill" / "log.jsonl"
+    training = []
+    if log.is_file() and state.recipe.distill:
+        training = [json.loads(x) for x in log.read_text().splitlines() if x.strip()]
+    cost = {f"{name} seconds": entry["seconds"] for name, entry in stages.items()}
+    return report.report(
+        state.out,
+        recipe=state.recipe,
+        scores=scores,
+        plan=plan,
+        evaluation=found,
+        provenance={
+            "model": state.source.path.name,
+            "model sha256": state.source.checkpoint.fingerprint,
+            "morph": __version__,
+            **cost,
+        },
+        commands={"Load it": use["load"], "Serve it": use["serve"]},
+        training=training,
+    )

@@ -1,0 +1,232 @@
+"""Score layers or heads, and turn scores and a budget into a plan."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morph import plan as planning
+from morph import registry, strict
+from morph.errors import PlanError
+from morph.pipeline import _data
+from morph.pipeline._source import Say, Source, quiet, refuse_hybrid
+from morph.plan import Budget, Plan, Scores
+from morph.recipes.schema import Mixer, Select
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from morph.surgery import Batch
+
+
+def budget_of(section: Select) -> Budget:
+    """Return the Budget that a select section names; raise PlanError where it contradicts itself."""
+    return Budget.parse(
+        section.budget,
+        keep=section.keep,
+        replace=section.replace,
+        min_full_per_layer=section.min_full_per_layer,
+    )
+
+
+def score(
+    source: Source,
+    section: Select,
+    mixer: Mixer,
+    corpus: _data.Corpus | None,
+    *,
+    seed: int = 0,
+    model: nn.Module | None = None,
+    dtype: str = "float32",
+    say: Say = quiet,
+) -> Scores:
+    """Run a selector on a source model and return its Scores with provenance.
+
+    `corpus` may be None for selectors that look at no text. Raises UnknownName and PlanError for
+    names and options that do not exist, DataError where the text does not suffice.
+    """
+    from morph import surgery
+
+    refuse_hybrid(source, "score")
+    module = registry.load("selectors", section.selector)
+    options = _options(module, section, source)
+    batches: list[Batch] = []
+    tokenizer = None
+    if module.NEEDS != "weights":
+        if corpus is None:
+            raise PlanError(f"selector {section.selector!r} reads text; give --data FILE.")
+        tokenizer = source.tokenizer()
+        batches = _data.calibration(section, corpus, tokenizer, seed)
+    model = model if model is not None else source.model(dtype)
+    start, cpu = time.perf_counter(), time.process_time()
+    say(f"scoring with {section.selector} ({len(batches)} batches)")
+    with surgery.morphable(model, mixer.name, mixer.options, source.family) as probe:
+        found = module.score(probe, batches, options, granularity=section.granularity)
+        warning = _blind(probe, batches)
+    provenance: dict[str, Any] = {
+        **found.provenance,
+        "model": source.path.name,
+        "model_sha256": source.checkpoint.fingerprint,
+        "selector_options": strict.plain(options),
+        "task": section.task,
+        "examples": section.examples,
+        "seq_len": section.seq_len,
+        "data_sha256": _digest(batches),
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
+    if warning and module.NEEDS != "weights":
+        provenance["warning"] = warning
+        say(f"warning: {warning}")
+    return replace(found, provenance=provenance)
+
+
+def _options(module: Any, section: Select, source: Source) -> Any:
+    """Return the selector's Options; an empty `count` is what the budget keeps."""
+    options = strict.build(
+        module.Options, section.options, f"selector {section.selector}", PlanError
+    )
+    if getattr(options, "count", 0) is None:
+        width = source.geometry.units(section.granularity)
+        blank = Scores(
+            selector="count",
+            model_type=source.family.model_type,
+            granularity=section.granularity,
+            values=tuple((0.0,) * width for _ in range(source.geometry.num_hidden_layers)),
+            unit="none",
+        )
+        kept = planning.choose_units(blank, budget_of(section), geometry=source.geometry)
+        options = replace(options, count=len(kept))
+    return options
+
+
+def _blind(probe: Any, batches: Sequence[Batch]) -> str:
+    """Say so when the cheap mixer equals full attention on all that was scored."""
+    longest = max((b.ids.shape[1] for b in batches), default=0)
+    if batches and probe.prefix >= longest:
+        return (
+            f"every example ({longest} tokens) fits in what {probe.mixer} sees exactly "
+            f"({probe.prefix} tokens): all scores are zero. Score on longer examples."
+        )
+    return ""
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    found = hashlib.sha256()
+    for batch in batches:
+        found.update(batch.ids.numpy().tobytes())
+        found.update(batch.answers.numpy().tobytes())
+    return found.hexdigest()
+
+
+def make_plan(
+    scores: Scores,
+    section: Select,
+    mixer: Mixer,
+    source: Source,
+    *,
+    corpus: _data.Corpus | None = None,
+    seed: int = 0,
+    model: nn.Module | None = None,
+    dtype: str = "float32",
+    say: Say = quiet,
+) -> tuple[Plan, dict[str, Any]]:
+    """Return (plan, what the swap pass did) for scores under the budget of `section`.
+
+    With a corpus, and unless `section.verify_swaps` is off, the chosen set is improved by single
+    swaps until none lowers the answer loss.
+    """
+    from morph import surgery
+
+    budget = budget_of(section)
+    if scores.model_type != source.family.model_type:
+        raise PlanError(
+            f"the scores are of a {scores.model_type}, the model is a {source.family.model_type}."
+        )
+    keep = planning.choose_units(scores, budget, geometry=source.geometry)
+    report: dict[str, Any] = {}
+    if section.verify_swaps and corpus is not None and section.selector not in ("uniform", "random"):
+        from morph.selectors import _common
+
+        batches = _data.calibration(section, corpus, source.tokenizer(), seed)
+        width = source.geometry.units(scores.granularity)
+        model = model if model is not None else source.model(dtype)
+        say("verifying the choice by single swaps")
+        with surgery.morphable(model, mixer.name, mixer.options, source.family) as probe:
+            keep, report = _common.verify_and_swap(
+                probe,
+                batches,
+                keep,
+                scores.granularity,
+                pinned=_pinned(budget.keep, width),
+                barred=_pinned(budget.replace, width),
+                progress=say,
+            )
+    heads = tuple(range(source.geometry.num_attention_heads))
+    group = planning.HeadGroup(mixer=mixer.name, heads=heads, options=mixer.options)
+    options, cache = surgery.group_cost(group, source.geometry, source.geometry.candidates[0])
+    plan = planning.plan_of_units(
+        scores,
+        keep,
+        geometry=source.geometry,
+        mixer=mixer.name,
+        options=options,
+        cache=cache,
+    )
+    return surgery.resolve_costs(plan), report
+
+
+def _pinned(pins: Sequence[Any], width: int) -> set[tuple[int, int]]:
+    found: set[tuple[int, int]] = set()
+    for pin in pins:
+        found |= {pin} if isinstance(pin, tuple) else {(pin, u) for u in range(width)}
+    return found
+
+
+def baseline(source: Source, mixer: Mixer, count: int, name: str) -> Plan:
+    """Return the plan of a baseline: `uniform` keeps `count` layers, `window` keeps none."""
+    from morph import surgery
+    from morph.selectors import uniform
+
+    found = source.geometry.candidates
+    full: list[int] = []
+    if name == "uniform":
+        full = [found[i] for i in sorted(uniform.positions(len(found), count, "last"))]
+    plan = planning.uniform_plan(
+        source.family.model_type, source.geometry, full, mixer.name, mixer.options, None
+    )
+    return surgery.resolve_costs(plan)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan.json; raise PlanError naming what is wrong in it."""
+    return planning.loads_plan(_text(path), str(path))
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read a scores.json; raise PlanError naming what is wrong in it."""
+    return planning.loads_scores(_text(path), str(path))
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read ({error}).") from error
+
+
+def provenance_of(scores: Scores | None, swaps: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the card and report say about how the plan was chosen."""
+    if scores is None:
+        return {}
+    return {
+        "selector": scores.selector,
+        "granularity": scores.granularity,
+        "scores_sha256": scores.digest,
+        **({"swaps": dict(swaps)} if swaps else {}),
+    }

@@ -1,0 +1,90 @@
+"""Distillation as the pipeline runs it: the student, its data, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from morph import strict
+from morph.checkpoint import Checkpoint
+from morph.families import _stock
+from morph.pipeline._data import Corpus, batches_of
+from morph.pipeline._source import Say, Source, quiet
+from morph.plan import Plan
+from morph.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def student_of(teacher: nn.Module, plan: Plan, source: Source, given: Checkpoint) -> nn.Module:
+    """Return the hybrid in the folder `given` as a student of `teacher`.
+
+    Tensors that equal the source's stay shared with the teacher; the others are loaded. Works for
+    stock and package checkpoints alike.
+    """
+    import torch
+
+    from morph import modeling
+
+    student = modeling.hybrid(teacher, plan)
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    changed = []
+    for name, array in _as_source(source, plan, given).items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            continue
+        loaded = torch.from_numpy(np.ascontiguousarray(array)).to(parameter)
+        if not torch.equal(loaded, parameter):
+            owner, _, leaf = name.rpartition(".")
+            fresh = torch.nn.Parameter(loaded, requires_grad=parameter.requires_grad)
+            student.get_submodule(owner)._parameters[leaf] = fresh
+            changed.append(name)
+    student.morph_trained = tuple(changed)  # type: ignore[assignment]
+    return student
+
+
+def _as_source(source: Source, plan: Plan, given: Checkpoint) -> dict[str, np.ndarray]:
+    """Return the tensors of `given`, float32, under source names; stock moves are undone."""
+    if str(given.config.get("model_type", "")).startswith("morph_"):
+        return {n: given.read_float(n) for n in given.tensors}
+    stock, _ = _stock.pick(source.family, source.checkpoint.config, plan)
+    if stock is None or stock.moves is None:
+        return {n: given.read_float(n) for n in given.tensors}
+    from morph import surgery
+
+    own = [n for n in surgery.own_parameter_names(source.family, plan)]
+    names = tuple(sorted({*source.checkpoint.tensors, *own}))
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for move in stock.moves(source.checkpoint.config, plan, names):
+        if move.source is not None:
+            first = move.rows[0] if move.rows else 0
+            parts.setdefault(move.source, []).append((first, given.read_float(move.target)))
+    joined = {}
+    for name, rows in parts.items():
+        ordered = [array for _, array in sorted(rows, key=lambda r: r[0])]
+        joined[name] = ordered[0] if len(ordered) == 1 else np.concatenate(ordered)
+    return joined
+
+
+def distill(
+    recipe: Recipe,
+    student: nn.Module,
+    teacher: nn.Module,
+    corpus: Corpus,
+    tokenizer: Any,
+    work: Path,
+    *,
+    say: Say = quiet,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Any:
+    """Run the recipe's stages on `student`; state and log live in the folder `work`."""
+    raise NotImplementedError
+
+
+def summary(log: Any, recipe: Recipe) -> dict[str, Any]:
+    """Return what the card and report say of a distillation."""
+    return {"stages": strict.plain(recipe.distill)}

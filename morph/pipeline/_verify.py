@@ -1,0 +1,193 @@
+"""Is the written checkpoint what we say it is? Fresh processes, never two models in one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from morph import checkpoint
+from morph import plan as planning
+from morph.errors import MorphError, VerificationFailed, escape
+from morph.families._family import Move, StockTarget
+from morph.pipeline._source import Source
+from morph.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+KEEP = 32  # logits of the last tokens: they have seen the most
+# RMS of the difference over RMS of the reference; bf16 and fp16 round differently per algorithm
+LIMITS = {"float32": 1e-5, "float64": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+def load_and_compare(
+    source: Source,
+    plan: Plan,
+    staged: Path,
+    stock: StockTarget | None,
+    moves: list[Move] | None,
+    changed: set[str],
+    student: nn.Module | None = None,
+    remote_code: bool = False,
+) -> dict[str, Any]:
+    """Load `staged` in a fresh process and compare it with the hybrid made in memory.
+
+    Checks that untouched tensors are byte-equal, nothing is missing or unexpected, every layer has
+    the class and mixer of the plan, every mixer ran, and logits agree. Returns the numbers; raises
+    VerificationFailed naming the first thing that differs.
+    """
+    from morph.pipeline._convert import probe_ids
+
+    equal = _kept_tensors(source, staged, moves, changed)
+    with tempfile.TemporaryDirectory(prefix="morph-verify-") as folder:
+        work = Path(folder)
+        np.save(work / "ids.npy", probe_ids(source, plan))
+        extra: dict[str, Any] = {}
+        if student is None:
+            extra = _reference(source, plan, work)
+            reference, original = np.load(work / "hybrid.npy"), np.load(work / "source.npy")
+        else:
+            reference, original = _logits(student, work / "ids.npy"), None
+        report = run_fresh(staged, work, use_morph=stock is None, remote_code=remote_code)
+        written = np.load(work / "logits.npy")
+    _check_report(report, plan, stock, staged)
+    error, limit = _rms(written - reference, reference), LIMITS[report["dtype"]]
+    if not error <= limit:
+        raise VerificationFailed(
+            f"{staged.name}: logits of the loaded checkpoint differ from the hybrid in memory by "
+            f"{error:.2e} of their size; {limit:.0e} is allowed for {report['dtype']}. "
+            "Nothing was kept."
+        )
+    numbers = {
+        "logit_error": error,
+        "limit": limit,
+        "dtype": report["dtype"],
+        "class": report["class"],
+        "tensors_byte_equal": equal,
+        "mixer_runs": report["runs"],
+        "model_bytes": report["model_bytes"],
+        "peak_rss_bytes": report["peak_rss_bytes"],
+        **extra,
+    }
+    if original is not None:
+        numbers["changed_by_plan"] = _rms(reference - original, original)
+    return numbers
+
+
+def _kept_tensors(
+    source: Source, staged: Path, moves: list[Move] | None, changed: set[str]
+) -> int:
+    equal, differ, _ = checkpoint.kept_equal(
+        source.checkpoint, checkpoint.Checkpoint.open(staged, strict=False), moves
+    )
+    wrong = [n for n in differ if n not in changed and _source_of(n, moves) not in changed]
+    if wrong:
+        raise VerificationFailed(
+            f"{staged.name}: tensor {escape(wrong[0])} should be untouched, but its bytes differ "
+            f"from the source ({len(wrong)} such tensors)."
+        )
+    return len(equal)
+
+
+def _source_of(target: str, moves: list[Move] | None) -> str | None:
+    if moves is None:
+        return target
+    return next((m.source for m in moves if m.target == target), None)
+
+
+def _reference(source: Source, plan: Plan, work: Path) -> dict[str, Any]:
+    job = {
+        "path": str(source.path.resolve()),
+        "family": source.family.model_type,
+        "plan": planning.dumps(plan),
+        "ids": str(work / "ids.npy"),
+        "keep": KEEP,
+        "out": str(work),
+    }
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE_ROOT)!r}); import morph._reference as r; r.main()"
+    _run([sys.executable, "-c", code], job, "the source model with its plan")
+    return {"reference_peak_rss_bytes": _json(work / "reference.json")["peak_rss_bytes"]}
+
+
+def run_fresh(
+    path: Path, work: Path, *, use_morph: bool, remote_code: bool = False
+) -> dict[str, Any]:
+    """Load `path` in a process of its own; return its report. `use_morph` allows `import morph`."""
+    job = {
+        "path": str(path.resolve()),
+        "ids": str(work / "ids.npy"),
+        "keep": KEEP,
+        "out": str(work),
+        "morph": str(PACKAGE_ROOT) if use_morph else None,
+        "remote_code": remote_code,
+    }
+    script = Path(__file__).resolve().parents[1] / "_fresh.py"
+    _run([sys.executable, "-I", str(script)], job, f"the written checkpoint {path.name}")
+    return _json(work / "report.json")
+
+
+def _run(command: list[str], job: Mapping[str, Any], what: str) -> None:
+    done = subprocess.run(  # noqa: S603
+        command,
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = [x for x in done.stderr.strip().splitlines() if x.strip()]
+        why = lines[-1] if lines else f"exit status {done.returncode}"
+        raise VerificationFailed(f"{what} could not be loaded in a fresh process: {escape(why, 400)}")
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _logits(model: nn.Module, ids: Path) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        tokens = torch.from_numpy(np.load(ids)).to(next(model.parameters()).device)
+        return model(input_ids=tokens, use_cache=False, logits_to_keep=KEEP).logits.float().numpy()
+
+
+def _check_report(
+    report: Mapping[str, Any], plan: Plan, stock: StockTarget | None, staged: Path
+) -> None:
+    def fail(message: str) -> MorphError:
+        return VerificationFailed(f"{staged.name}: {message} Nothing was kept.")
+
+    for kind in ("missing", "unexpected", "mismatched"):
+        if report[kind]:
+            raise fail(f"{len(report[kind])} {kind} tensors, first {escape(report[kind][0])}.")
+    if stock is not None and report["morph_loaded"]:
+        raise fail("the stock check ran with morph loaded.")
+    wanted = stock.model_type if stock else f"morph_{plan.model_type}"
+    if report["model_type"] != wanted:
+        raise fail(f"loaded as {report['model_type']}, not {wanted}.")
+    for i, (layer, found) in enumerate(zip(plan.layers, report["layers"], strict=True)):
+        if stock is not None:
+            kind = (report["layer_types"] or [])[i : i + 1]
+            if kind != [plan.layer_types[i]]:
+                raise fail(f"layer {i} loaded as {kind}, the plan says {plan.layer_types[i]}.")
+            continue
+        mixers = [] if layer.is_full else [g.mixer for g in layer.groups]
+        if found["mixers"] != mixers:
+            raise fail(f"layer {i} has mixers {found['mixers']}, the plan says {mixers}.")
+        idle = [j for j in range(len(mixers)) if report["runs"][f"{i}.{j}"] < 1]
+        if idle:
+            raise fail(f"layer {i}: mixer {mixers[idle[0]]} did not run.")
+
+
+def _rms(error: np.ndarray, reference: np.ndarray) -> float:
+    scale = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
+    return float(np.sqrt(np.mean(np.square(error, dtype=np.float64)))) / max(scale, 1e-30)

@@ -1,0 +1,628 @@
+"""What a selector found, what it may cost, and which mixer each head gets.
+
+Frozen, keyword-only dataclasses with a JSON round trip, checked when they are made; no torch.
+`Scores` and `Budget` go into `choose`, a `Plan` comes out. A plan can also be written by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from morph import strict
+from morph.errors import PlanError
+
+Granularity = Literal["layer", "kv_head", "head"]
+Unit = int | tuple[int, int]
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+STATE_BYTES = 4  # recurrent states are kept in float32 whatever the model's dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The shape of a decoder's attention.
+
+    `windows` has one entry per layer: the source's own sliding window in tokens (the query's own
+    included), or None where the source attends to everything.
+    """
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    v_head_dim: int
+    hidden_size: int
+    windows: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if f.name != "windows"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"geometry.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise PlanError(
+                f"geometry: {self.num_attention_heads} query heads cannot share "
+                f"{self.num_key_value_heads} KV heads evenly."
+            )
+        if len(self.windows) != self.num_hidden_layers:
+            raise PlanError(
+                f"geometry.windows has {len(self.windows)} entries for "
+                f"{self.num_hidden_layers} layers."
+            )
+        for i, window in enumerate(self.windows):
+            if window is not None and window < 1:
+                raise PlanError(f"geometry.windows[{i}] is {window}; a window is at least 1 token.")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The layers that attend to everything in the source, and so can be replaced."""
+        return tuple(i for i, w in enumerate(self.windows) if w is None)
+
+    def units(self, granularity: Granularity) -> int:
+        """Units per layer at a granularity: 1, the KV heads, or the query heads."""
+        return {
+            "layer": 1,
+            "kv_head": self.num_key_value_heads,
+            "head": self.num_attention_heads,
+        }[granularity]
+
+    def kv_heads(self, heads: Sequence[int]) -> tuple[int, ...]:
+        """Return the KV heads that a group of query heads is handed, in order.
+
+        Each once where the query heads use them evenly; otherwise one copy per query head.
+        """
+        used = [h // self.group_size for h in heads]
+        distinct = sorted(set(used))
+        share = len(used) // len(distinct)
+        even = used == [kv for kv in distinct for _ in range(share)]
+        return tuple(distinct if even else used)
+
+    def entry_elements(self) -> int:
+        """Elements that one KV head stores for one token: a key and a value."""
+        return self.head_dim + self.v_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheCost:
+    """What a mixer keeps between tokens.
+
+    `tokens` is how many KV entries it holds at most (None: all of them), `per_token` multiplies
+    the size of an entry, `state_elements` counts constant float32 elements per query head.
+    """
+
+    tokens: int | None = None
+    per_token: float = 1.0
+    state_elements: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGroup:
+    """Query heads of one layer that share a mixer. `full` means the source's own attention."""
+
+    mixer: str
+    heads: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    cache: CacheCost | None = None
+
+    def __post_init__(self) -> None:
+        if not self.heads:
+            raise PlanError(f"a head group of mixer {self.mixer!r} has no heads.")
+        if list(self.heads) != sorted(set(self.heads)):
+            raise PlanError(f"heads {list(self.heads)} must be listed once each, in order.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """Head groups that partition the query heads of one layer; one group is a uniform layer."""
+
+    groups: tuple[HeadGroup, ...]
+
+    @property
+    def is_full(self) -> bool:
+        """True where the source's attention stays untouched."""
+        return all(g.mixer == "full" for g in self.groups)
+
+    @property
+    def mixer(self) -> str | None:
+        """The mixer of a uniform layer, or None where heads differ."""
+        return self.groups[0].mixer if len(self.groups) == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a selector measured. HIGHER = MORE NEED FOR FULL ATTENTION, for every selector.
+
+    `values` has one row per layer and one column per unit. `pairs`, where present, is a symmetric
+    matrix over units counted row by row: replacing the set C costs the sum of its values plus the
+    sum of `pairs[i][j]` over i < j in C.
+    """
+
+    selector: str
+    model_type: str
+    granularity: Granularity
+    values: tuple[tuple[float, ...], ...]
+    unit: str
+    pairs: tuple[tuple[float, ...], ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values or not self.values[0]:
+            raise PlanError("scores.values is empty; a selector must score at least one layer.")
+        width = len(self.values[0])
+        for i, row in enumerate(self.values):
+            if len(row) != width:
+                raise PlanError(f"scores.values[{i}] has {len(row)} units, layer 0 has {width}.")
+            for j, value in enumerate(row):
+                if not math.isfinite(value):
+                    raise PlanError(f"scores.values[{i}][{j}] is {value}; scores must be finite.")
+        # an integer would come back from JSON as a float, and the digest would change
+        object.__setattr__(self, "values", tuple(tuple(map(float, row)) for row in self.values))
+        if self.pairs is not None:
+            self._check_pairs(self.pairs, width * len(self.values))
+
+    def _check_pairs(self, pairs: tuple[tuple[float, ...], ...], count: int) -> None:
+        if {len(pairs), *map(len, pairs)} != {count}:
+            raise PlanError(f"scores.pairs must be {count} x {count}, one row per unit.")
+        for i, row in enumerate(pairs):
+            for j, value in enumerate(row):
+                if not math.isfinite(value):
+                    raise PlanError(f"scores.pairs[{i}][{j}] is {value}; it must be finite.")
+                if value != pairs[j][i]:
+                    raise PlanError(f"scores.pairs is not symmetric at [{i}][{j}].")
+        object.__setattr__(self, "pairs", tuple(tuple(map(float, row)) for row in pairs))
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the canonical JSON."""
+        return hashlib.sha256(dumps(self).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much full attention may stay: exactly one of the three limits, plus pins.
+
+    `full_layers` counts layers (for heads: that many layers' worth of units), `full_fraction` is
+    a share of what can be replaced, `cache_bytes_per_token` bounds the growth of the KV cache in
+    bytes per token at 2 bytes per element. `keep` and `replace` name a layer, or (layer, unit),
+    and win over scores.
+    """
+
+    full_layers: int | None = None
+    full_fraction: float | None = None
+    cache_bytes_per_token: int | None = None
+    keep: tuple[Unit, ...] = ()
+    replace: tuple[Unit, ...] = ()
+    min_full_per_layer: int = 0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "full_layers": self.full_layers,
+            "full_fraction": self.full_fraction,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+        }
+        given = [f"{k}={v}" for k, v in limits.items() if v is not None]
+        if len(given) != 1:
+            raise PlanError(
+                f"a budget takes exactly one of {', '.join(limits)}; "
+                f"got {' and '.join(given) or 'none'}."
+            )
+        if self.full_layers is not None and self.full_layers < 1:
+            raise PlanError(f"budget.full_layers is {self.full_layers}; keep at least 1 layer.")
+        if self.full_fraction is not None and not 0 < self.full_fraction <= 1:
+            raise PlanError(f"budget.full_fraction is {self.full_fraction}; it lies in (0, 1].")
+        if self.cache_bytes_per_token is not None and self.cache_bytes_per_token < 1:
+            raise PlanError(
+                f"budget.cache_bytes_per_token is {self.cache_bytes_per_token}; give at least 1."
+            )
+        if self.min_full_per_layer < 0:
+            raise PlanError(f"budget.min_full_per_layer is {self.min_full_per_layer}, below 0.")
+
+    @classmethod
+    def parse(cls, text: str, **pins: Any) -> Budget:
+        """Return the budget that `7`, `1/4`, `0.25`, `25%` or `4096B` (bytes a token) names."""
+        value = text.strip()
+        try:
+            if value.endswith("%"):
+                return cls(full_fraction=float(value[:-1]) / 100, **pins)
+            if value.upper().endswith("B"):
+                return cls(cache_bytes_per_token=int(value[:-1]), **pins)
+            if "/" in value:
+                top, bottom = value.split("/")
+                return cls(full_fraction=int(top) / int(bottom), **pins)
+            if "." in value:
+                return cls(full_fraction=float(value), **pins)
+            return cls(full_layers=int(value), **pins)
+        except PlanError:
+            raise
+        except (ValueError, ZeroDivisionError) as error:
+            raise PlanError(
+                f"budget {text!r} is not understood. Give layers (7), a share (1/4, 0.25, 25%) "
+                "or cache bytes per token (4096B)."
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which mixer every head of every layer gets, and the geometry it was made for."""
+
+    model_type: str
+    geometry: Geometry
+    layers: tuple[LayerPlan, ...]
+    scores_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.geometry
+        if len(self.layers) != shape.num_hidden_layers:
+            raise PlanError(
+                f"the plan has {len(self.layers)} layers, the model {shape.num_hidden_layers}."
+            )
+        for i, layer in enumerate(self.layers):
+            seen = [h for g in layer.groups for h in g.heads]
+            wrong = [h for h in seen if not 0 <= h < shape.num_attention_heads]
+            if wrong:
+                raise PlanError(
+                    f"layer {i}: head {wrong[0]} does not exist; this model has "
+                    f"{shape.num_attention_heads} query heads (0-{shape.num_attention_heads - 1})."
+                )
+            if sorted(seen) != list(range(shape.num_attention_heads)):
+                raise PlanError(
+                    f"layer {i}: every one of the {shape.num_attention_heads} heads must be in "
+                    f"exactly one group; got {sorted(seen)}."
+                )
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers whose attention stays untouched."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.is_full)
+
+    @property
+    def replaced_layers(self) -> tuple[int, ...]:
+        """Layers in which at least one head gets a cheaper mixer."""
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.is_full)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Names of the mixers in use, `full` excluded."""
+        return tuple(sorted({g.mixer for x in self.layers for g in x.groups} - {"full"}))
+
+    @property
+    def pattern(self) -> str:
+        """One letter a layer, such as `FFSSFSSF`.
+
+        F is untouched full attention, o the source's own window, * a mixture of heads; other
+        mixers show their initial.
+        """
+        letters = []
+        for layer, window in zip(self.layers, self.geometry.windows):
+            if layer.is_full:
+                letters.append("F" if window is None else "o")
+            else:
+                letters.append(layer.mixer[0].upper() if layer.mixer else "*")
+        return "".join(letters)
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The layers in Hugging Face's words: full, sliding or linear attention, or hybrid."""
+        words = {"full": "full_attention", "sliding": "sliding_attention"}
+        found = []
+        for layer, window in zip(self.layers, self.geometry.windows):
+            if layer.is_full:
+                found.append("full_attention" if window is None else "sliding_attention")
+            elif layer.mixer is None:
+                found.append("hybrid")
+            else:
+                found.append(words.get(layer.mixer, "linear_attention"))
+        return tuple(found)
+
+    def cache_bytes(self, seq_len: int, dtype: str = "bfloat16") -> int:
+        """Return the bytes of generation state that one sequence of `seq_len` tokens holds.
+
+        Every group keeps the KV heads that its query heads read (`Geometry.kv_heads`), so a KV
+        head whose query heads are split over two groups is held twice. Raises PlanError for an unknown dtype, and for
+        groups whose mixer has not said what it keeps (`CacheCost`).
+        """
+        if dtype not in DTYPE_BYTES:
+            raise PlanError(f"dtype {dtype!r} is unknown. There are: {', '.join(DTYPE_BYTES)}.")
+        shape, total = self.geometry, 0.0
+        entry = shape.entry_elements() * DTYPE_BYTES[dtype]
+        for i, layer in enumerate(self.layers):
+            for group in layer.groups:
+                cost = group.cache or (CacheCost() if group.mixer == "full" else None)
+                if cost is None:
+                    raise PlanError(f"layer {i}: no cache cost is recorded for {group.mixer!r}.")
+                bounds = [seq_len, cost.tokens, shape.windows[i]]
+                tokens = min(b for b in bounds if b is not None)
+                kv_heads = len(shape.kv_heads(group.heads))
+                total += tokens * cost.per_token * kv_heads * entry
+                total += cost.state_elements * STATE_BYTES * len(group.heads)
+        return round(total)
+
+
+def full_plan(model_type: str, geometry: Geometry) -> Plan:
+    """Return the identity plan: every layer keeps the source's attention."""
+    return uniform_plan(model_type, geometry, range(geometry.num_hidden_layers), "full", {}, None)
+
+
+def uniform_plan(
+    model_type: str,
+    geometry: Geometry,
+    full: Sequence[int],
+    mixer: str,
+    options: Mapping[str, Any],
+    cache: CacheCost | None,
+) -> Plan:
+    """Return the plan that keeps the layers in `full` and gives every other candidate `mixer`.
+
+    Layers that slide in the source are left as they are.
+    """
+    bad = [i for i in full if not 0 <= i < geometry.num_hidden_layers]
+    if bad:
+        raise PlanError(
+            f"layer {bad[0]} does not exist; this model has {geometry.num_hidden_layers} layers "
+            f"(0-{geometry.num_hidden_layers - 1})."
+        )
+    heads = tuple(range(geometry.num_attention_heads))
+    kept = LayerPlan(groups=(HeadGroup(mixer="full", heads=heads),))
+    swapped = LayerPlan(
+        groups=(HeadGroup(mixer=mixer, heads=heads, options=dict(options), cache=cache),)
+    )
+    keep = set(full) | (set(range(geometry.num_hidden_layers)) - set(geometry.candidates))
+    return Plan(
+        model_type=model_type,
+        geometry=geometry,
+        layers=tuple(kept if i in keep else swapped for i in range(geometry.num_hidden_layers)),
+    )
+
+
+def choose(
+    scores: Scores,
+    budget: Budget,
+    *,
+    geometry: Geometry,
+    mixer: str,
+    options: Mapping[str, Any] | None = None,
+    cache: CacheCost | None = None,
+) -> Plan:
+    """Return the plan that keeps full attention where the scores say it is needed most.
+
+    Top-K by score, or, where `scores.pairs` exists, the set whose replacement costs least by the
+    quadratic model (greedy, then swaps). Ties go to the lower index. Pins win over scores. Raises
+    PlanError where budget, pins, scores and geometry contradict each other.
+    """
+    return plan_of_units(
+        scores,
+        choose_units(scores, budget, geometry=geometry),
+        geometry=geometry,
+        mixer=mixer,
+        options=options,
+        cache=cache,
+    )
+
+
+def plan_of_units(
+    scores: Scores,
+    keep: Sequence[tuple[int, int]],
+    *,
+    geometry: Geometry,
+    mixer: str,
+    options: Mapping[str, Any] | None = None,
+    cache: CacheCost | None = None,
+) -> Plan:
+    """Return the plan in which exactly the (layer, unit) pairs of `keep` stay full."""
+    if scores.granularity == "layer":
+        plan = uniform_plan(
+            scores.model_type, geometry, [i for i, _ in keep], mixer, options or {}, cache
+        )
+        layers = plan.layers
+    else:
+        kept = tuple(keep)
+        layers = _head_layers(scores.granularity, kept, geometry, mixer, options or {}, cache)
+    return Plan(
+        model_type=scores.model_type,
+        geometry=geometry,
+        layers=layers,
+        scores_digest=scores.digest,
+    )
+
+
+def choose_units(
+    scores: Scores, budget: Budget, *, geometry: Geometry
+) -> tuple[tuple[int, int], ...]:
+    """Return the (layer, unit) pairs that keep full attention, sorted; see `choose`."""
+    width = geometry.units(scores.granularity)
+    if (len(scores.values), len(scores.values[0])) != (geometry.num_hidden_layers, width):
+        raise PlanError(
+            f"the scores have {len(scores.values)} layers x {len(scores.values[0])} units, the "
+            f"model {geometry.num_hidden_layers} x {width} ({scores.granularity})."
+        )
+    candidates = [(i, u) for i in geometry.candidates for u in range(width)]
+    count = _count_full(budget, geometry, scores.granularity, len(candidates))
+    keep = _pins("keep", budget.keep, candidates, geometry, width)
+    drop = _pins("replace", budget.replace, candidates, geometry, width)
+    if keep & drop:
+        raise PlanError(f"budget: {min(keep & drop)} is both kept and replaced.")
+    chosen = set(keep)
+    if budget.min_full_per_layer:
+        chosen |= _floor(scores, budget.min_full_per_layer, candidates, chosen, drop, width)
+    free = [c for c in candidates if c not in chosen and c not in drop]
+    if len(chosen) > count:
+        raise PlanError(
+            f"budget: pins and min_full_per_layer keep {len(chosen)} units, the limit is {count}."
+        )
+    if len(chosen) + len(free) < count:
+        raise PlanError(
+            f"budget: {count} units must stay full, but only {len(chosen) + len(free)} are left "
+            "after `replace`."
+        )
+    if scores.pairs is None:
+        ranked = sorted(free, key=lambda c: (-scores.values[c[0]][c[1]], c))
+        return tuple(sorted(chosen | set(ranked[: count - len(chosen)])))
+    return _quadratic(scores, candidates, chosen, set(free), count, width)
+
+
+def _count_full(budget: Budget, shape: Geometry, granularity: Granularity, total: int) -> int:
+    width = shape.units(granularity)
+    if total == 0:
+        raise PlanError("no layer of this model attends to everything: nothing can be replaced.")
+    if budget.full_layers is not None:
+        if budget.full_layers * width > total:
+            raise PlanError(
+                f"budget.full_layers is {budget.full_layers}, but only {total // width} layers "
+                "attend to everything in this model."
+            )
+        return budget.full_layers * width
+    if budget.full_fraction is not None:
+        return max(1, int(total * budget.full_fraction + 1e-9))
+    assert budget.cache_bytes_per_token is not None
+    per_unit = 2 * shape.entry_elements() * shape.num_key_value_heads / width
+    count = min(total, int(budget.cache_bytes_per_token / per_unit))
+    if count < 1:
+        raise PlanError(
+            f"budget.cache_bytes_per_token is {budget.cache_bytes_per_token}; one full "
+            f"{granularity} alone costs {per_unit:.0f}."
+        )
+    return count
+
+
+def _pins(
+    name: str,
+    pins: tuple[Unit, ...],
+    candidates: list[tuple[int, int]],
+    shape: Geometry,
+    width: int,
+) -> set[tuple[int, int]]:
+    found: set[tuple[int, int]] = set()
+    for pin in pins:
+        layer, unit = pin if isinstance(pin, tuple) else (pin, None)
+        if not 0 <= layer < shape.num_hidden_layers:
+            raise PlanError(
+                f"budget.{name}: layer {layer} does not exist (0-{shape.num_hidden_layers - 1})."
+            )
+        if unit is not None and not 0 <= unit < width:
+            raise PlanError(
+                f"budget.{name}: layer {layer} has no unit {unit}; there are {width} (0-{width - 1})."
+            )
+        if (layer, 0) not in candidates:
+            raise PlanError(
+                f"budget.{name}: layer {layer} already slides in the source and is left as it is."
+            )
+        found |= {(layer, unit)} if unit is not None else {(layer, u) for u in range(width)}
+    return found
+
+
+def _floor(
+    scores: Scores,
+    minimum: int,
+    candidates: list[tuple[int, int]],
+    chosen: set[tuple[int, int]],
+    drop: set[tuple[int, int]],
+    width: int,
+) -> set[tuple[int, int]]:
+    if minimum > width:
+        raise PlanError(f"budget.min_full_per_layer is {minimum}; a layer has {width} units.")
+    extra: set[tuple[int, int]] = set()
+    for layer in sorted({i for i, _ in candidates}):
+        have = sum((layer, u) in chosen for u in range(width))
+        free = [u for u in range(width) if (layer, u) not in chosen | drop]
+        if have + len(free) < minimum:
+            raise PlanError(f"budget: layer {layer} cannot keep {minimum} units after `replace`.")
+        ranked = sorted(free, key=lambda u: (-scores.values[layer][u], u))
+        extra |= {(layer, u) for u in ranked[: max(0, minimum - have)]}
+    return extra
+
+
+def _quadratic(
+    scores: Scores,
+    candidates: list[tuple[int, int]],
+    pinned: set[tuple[int, int]],
+    free: set[tuple[int, int]],
+    count: int,
+    width: int,
+) -> tuple[tuple[int, int], ...]:
+    """Greedy additions to the kept set, then the best single swaps until none helps."""
+    assert scores.pairs is not None
+    pairs = scores.pairs
+
+    def cost(kept: set[tuple[int, int]]) -> float:
+        out = [c for c in candidates if c not in kept]
+        index = [i * width + u for i, u in out]
+        linear = sum(scores.values[i][u] for i, u in out)
+        return linear + sum(pairs[a][b] for n, a in enumerate(index) for b in index[n + 1 :])
+
+    kept = set(pinned)
+    while len(kept) < count:
+        kept.add(min(sorted(free - kept), key=lambda c: cost(kept | {c})))
+    best = cost(kept)
+    while True:
+        swaps = [
+            (cost(kept - {a} | {b}), a, b)
+            for a in sorted(kept - pinned)
+            for b in sorted(free - kept)
+        ]
+        if not swaps or min(swaps)[0] >= best - 1e-12:
+            return tuple(sorted(kept))
+        best, out, new = min(swaps)
+        kept = kept - {out} | {new}
+
+
+def _head_layers(
+    granularity: Granularity,
+    keep: tuple[tuple[int, int], ...],
+    shape: Geometry,
+    mixer: str,
+    options: Mapping[str, Any],
+    cache: CacheCost | None,
+) -> tuple[LayerPlan, ...]:
+    span = shape.group_size if granularity == "kv_head" else 1
+    layers = []
+    for i in range(shape.num_hidden_layers):
+        full = {u * span + r for layer, u in keep if layer == i for r in range(span)}
+        if shape.windows[i] is not None:
+            full = set(range(shape.num_attention_heads))
+        rest = tuple(h for h in range(shape.num_attention_heads) if h not in full)
+        groups = []
+        if full:
+            groups.append(HeadGroup(mixer="full", heads=tuple(sorted(full))))
+        if rest:
+            groups.append(HeadGroup(mixer=mixer, heads=rest, options=dict(options), cache=cache))
+        layers.append(LayerPlan(groups=tuple(groups)))
+    return tuple(layers)
+
+
+def dumps(value: Scores | Plan | Budget) -> str:
+    """Return canonical JSON: sorted keys, fixed separators, a newline at the end."""
+    return json.dumps(strict.plain(value), sort_keys=True, indent=1) + "\n"
+
+
+def loads_scores(text: str, where: str = "scores") -> Scores:
+    """Return the Scores that `dumps` wrote; raise PlanError naming the first wrong key."""
+    return strict.build(Scores, _json(text, where), where, PlanError)
+
+
+def loads_plan(text: str, where: str = "plan") -> Plan:
+    """Return the Plan that `dumps` wrote; raise PlanError naming the first wrong key."""
+    return strict.build(Plan, _json(text, where), where, PlanError)
+
+
+def _json(text: str, where: str) -> Any:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [k for k, _ in items]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise PlanError(f"{where}: key {key!r} appears twice.")
+        return dict(items)
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except PlanError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{where}: not valid JSON ({error}).") from error

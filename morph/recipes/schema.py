@@ -1,0 +1,392 @@
+"""What a recipe may say: dataclasses, and the strict YAML loader that fills them.
+
+A recipe is data. Every section goes to one stage of the pipeline and is all that stage sees.
+Unknown, doubled and mistyped keys are errors that name the nearest key. No torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from morph import registry, strict
+from morph.errors import MorphError, RecipeError, UnknownName, UsageError, escape, nearest
+from morph.plan import Budget, Granularity, Unit
+from morph.recipes import _yaml
+
+TASKS = ("single_1", "single_2", "single_3", "multikey", "name_recall")
+BASELINES = ("uniform", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where calibration, distillation and evaluation text comes from.
+
+    `text` are local files (.txt, .json, .jsonl). The last `held_out` share of the tokens is kept
+    for evaluation and never trained on.
+    """
+
+    text: tuple[str, ...] = ()
+    held_out: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """Which layers or heads keep full attention, and who decides."""
+
+    selector: str = "nll"
+    granularity: Granularity = "layer"
+    budget: str = "1/4"
+    keep: tuple[Unit, ...] = ()
+    replace: tuple[Unit, ...] = ()
+    min_full_per_layer: int = 0
+    verify_swaps: bool = True
+    examples: int = 16
+    seq_len: int = 512
+    task: str = "multikey"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """What stands where attention stood."""
+
+    name: str = "sliding"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of distillation.
+
+    `loss` align: each new mixer regresses its layer's teacher output. logits: KL to the teacher.
+    long: cross-entropy. `train` new: the mixers' own parameters; attention: also the projections
+    of converted layers; all: everything. `tokens` is the budget, `lr` the peak learning rate,
+    `gate_lr` that of gates, decays and gains (which never get weight decay). `needles` is the
+    share of batches made of needle tasks instead of plain text.
+    """
+
+    loss: Literal["align", "logits", "long"]
+    tokens: int
+    seq_len: int = 512
+    batch_size: int = 4
+    train: Literal["new", "attention", "all"] = "attention"
+    lr: float = 1e-3
+    gate_lr: float = 1e-2
+    min_lr_fraction: float = 0.1
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    temperature: float = 1.0
+    chunk_tokens: int = 256
+    needles: float = 0.0
+    save_every: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """What is measured before and after."""
+
+    tasks: tuple[str, ...] = ("multikey",)
+    lengths: tuple[int, ...] = (512,)
+    depths: int = 5
+    examples: int = 20
+    perplexity_tokens: int = 16384
+    seq_len: int = 512
+    decode_tokens: int = 32
+    speed_length: int = 1024
+    baselines: tuple[str, ...] = ("uniform", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything `morph run` does, in order."""
+
+    model: str
+    family: str | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    data: Data = field(default_factory=Data)
+    select: Select = field(default_factory=Select)
+    mixer: Mixer = field(default_factory=Mixer)
+    distill: tuple[Stage, ...] = ()
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    out: str | None = None
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def load(path_or_name: str | Path, sets: Iterable[str] = ()) -> Recipe:
+    """Return the recipe in a `.yaml` file, or the shipped one of that name, `sets` applied.
+
+    Raises RecipeError for a file that is missing, larger than 1 MiB or not UTF-8, UnknownName for
+    a name that is not shipped, and whatever `load_text` raises.
+    """
+    data, where, lines = _read(path_or_name)
+    data, set_keys = _apply(data, sets)
+    return from_data(data, where, lines | dict.fromkeys(set_keys, 0))
+
+
+def load_text(text: str, where: str = "recipe") -> Recipe:
+    """Return the recipe that a YAML text describes; `where` names the text in messages.
+
+    Nothing is included, expanded or imported. Raises RecipeError, PlanError (the budget) or
+    UnknownName, each with the line, for the first thing that was not meant.
+    """
+    data, lines = _yaml.read(text, where)
+    return from_data(data, where, lines)
+
+
+def from_data(data: Any, where: str = "recipe", lines: Mapping[str, int] | None = None) -> Recipe:
+    """Return the recipe that plain data describes, checked; see `check`.
+
+    `where`, and the line that `lines` has for a dotted key (0: it came from `--set`), go in front
+    of the message of what is raised.
+    """
+    lines = lines or {}
+    try:
+        recipe = strict.build(Recipe, _budget_as_text(data))
+        check(recipe)
+    except MorphError as error:
+        key, line = str(error).partition(": ")[0], None
+        while key and (line := lines.get(key)) is None:
+            key = re.sub(r"(\[\d+\]|(^|\.)[^.\[]*)$", "", key)
+        place = "--set" if line == 0 else f"{where}, line {line}" if line else where
+        raise type(error)(f"{place}: {error}") from error
+    return recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raise where a recipe names what does not exist or a number lies outside its range.
+
+    Options of mixers and selectors are compared with the source of their `Options` class: their
+    names, and their types where these are plain. Nothing is imported.
+    """
+    select, mixer, evaluate = recipe.select, recipe.mixer, recipe.evaluate
+    _known("families", recipe.family, "family")
+    _known("selectors", select.selector, "select.selector")
+    _known("mixers", mixer.name, "mixer.name")
+    _options("selectors", select.selector, select.options, "select.options")
+    _options("mixers", mixer.name, mixer.options, "mixer.options")
+    _among(TASKS, (select.task,), "select.task")
+    _among(TASKS, evaluate.tasks, "evaluate.tasks")
+    _among(BASELINES, evaluate.baselines, "evaluate.baselines")
+    pins = {"keep": select.keep, "replace": select.replace}
+    for name, units in pins.items():
+        _pins(units, f"select.{name}")
+    if both := set(select.keep) & set(select.replace):
+        raise RecipeError(f"select.keep: {min(both, key=str)} is both kept and replaced.")
+    try:
+        Budget.parse(select.budget, min_full_per_layer=select.min_full_per_layer, **pins)
+    except MorphError as error:
+        raise type(error)(f"select.budget: {error}") from error
+    _ranges(recipe)
+
+
+def apply_sets(data: Any, sets: Iterable[str]) -> Any:
+    """Return a copy of a recipe's raw data with `key=value` texts put in.
+
+    `mixer.window=512` and `selector.samples=4` set an option of the chosen part, `mixer.name=...`
+    and `select.budget=1/4` a field of the section, `distill.align.tokens=2M` or
+    `distill.0.tokens=2M` a field of a stage. Values are read as YAML. Raises UsageError for a text
+    that is not `key=value`, comes twice, or names a stage that does not exist.
+    """
+    return _apply(data, sets)[0]
+
+
+def dumps(recipe: Recipe) -> str:
+    """Return canonical YAML: every field in its declared order; `load_text` reads it back."""
+    return _yaml.dump(strict.plain(recipe))
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Return the sha256 of the canonical YAML."""
+    return hashlib.sha256(dumps(recipe).encode()).hexdigest()
+
+
+def _read(path_or_name: str | Path) -> tuple[Any, str, dict[str, int]]:
+    name = str(path_or_name)
+    where, shipped = escape(name), not name.endswith((".yaml", ".yml"))
+    if shipped and ("/" in name or "\\" in name):
+        there = ", ".join(registry.names("recipes")) or "none"
+        raise RecipeError(f"{where}: a recipe file ends in .yaml. Shipped recipes: {there}.")
+    path = registry.path("recipes", name) if shipped else Path(name)
+    if not path.is_file():  # a pipe would hang, a device would not end
+        raise RecipeError(f"{where}: no such recipe file.")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_yaml.MAX_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"{where}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where}: byte {error.start} is not UTF-8.") from error
+    data, lines = _yaml.read(text, where)
+    return data, where, lines
+
+
+def _budget_as_text(data: Any) -> Any:
+    """`budget: 7` and `budget: 0.25` need no quotes: here alone a number stands for its text."""
+    select = data.get("select") if isinstance(data, Mapping) else None
+    if not isinstance(select, Mapping) or type(select.get("budget")) not in (int, float):
+        return data
+    return {**data, "select": {**select, "budget": str(select["budget"])}}
+
+
+# --- Checking names, options and ranges ---------------------------------------------------------
+
+
+def _known(kind: str, name: str | None, where: str) -> None:
+    if name is None or "." in name or ":" in name:  # an outside part is found when it is used
+        return
+    try:
+        registry.path(kind, name)
+    except UnknownName as error:
+        raise UnknownName(f"{where}: {error}") from error
+
+
+def _options(kind: str, name: str, given: Mapping[str, Any], where: str) -> None:
+    if name not in registry.names(kind):
+        return
+    known = {option: (hint, default) for option, hint, default in registry.options(kind, name)}
+    for option, value in given.items():
+        if option not in known:
+            raise RecipeError(
+                f"{where}.{escape(option)}: {name!r} has no such option."
+                f"{nearest(option, known)} Options: {', '.join(known) or 'none'}."
+            )
+        strict.convert(_plain_type(known[option][0]), value, f"{where}.{option}")
+    missing = [n for n, (_, default) in known.items() if default == "required" and n not in given]
+    if missing:
+        raise RecipeError(f"{where}: {name!r} needs {', '.join(missing)}.")
+
+
+def _plain_type(text: str) -> Any:
+    """The type that an annotation spells, where it is plain scalars or a Literal; else anything."""
+    plain = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
+    if literal := re.fullmatch(r"Literal\[([^\[\]]*)\]", text):
+        return Literal[ast.literal_eval(f"({literal[1]},)")]
+    parts = [plain.get(part.strip(), object) for part in text.split("|")]
+    found = parts[0]
+    for part in parts[1:]:
+        found = found | part  # type: ignore[assignment]
+    return object if object in parts else found
+
+
+def _among(allowed: Sequence[str], given: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in allowed:
+            raise UnknownName(
+                f"{where}: {escape(name)!r} does not exist.{nearest(name, allowed)} "
+                f"There are: {', '.join(allowed)}."
+            )
+
+
+def _pins(units: Sequence[Unit], where: str) -> None:
+    for unit in units:
+        if min(unit if isinstance(unit, tuple) else (unit,)) < 0:
+            raise RecipeError(f"{where}: {unit} is negative; layers and heads count from 0.")
+        if units.count(unit) > 1:
+            raise RecipeError(f"{where}: {unit} is listed twice.")
+
+
+# Fields by the range they must lie in; the values are seen by a person, so the bounds are text
+_SHARES = {"held_out", "warmup_fraction", "min_lr_fraction", "needles"}
+_POSITIVE = {"lr", "gate_lr", "clip", "temperature"}
+_FROM_ZERO = {"seed", "weight_decay", "min_full_per_layer", "perplexity_tokens", "decode_tokens"}
+
+
+def _ranges(recipe: Recipe) -> None:
+    parts: list[tuple[str, Any]] = [("", recipe), ("data.", recipe.data)]
+    parts += [("select.", recipe.select), ("evaluate.", recipe.evaluate)]
+    parts += [(f"distill[{i}].", stage) for i, stage in enumerate(recipe.distill)]
+    for prefix, part in parts:
+        for f in fields(part):
+            value = getattr(part, f.name)
+            values = value if isinstance(value, tuple) else (value,)
+            numbers = [v for v in values if isinstance(v, (int, float))]
+            if not isinstance(value, bool) and f.name not in ("keep", "replace"):
+                for number in numbers:
+                    _range(f.name, number, prefix + f.name)
+
+
+def _range(name: str, value: float, where: str) -> None:
+    if name in _SHARES:
+        ok, allowed = 0 <= value <= 1, "a share between 0 and 1"
+    elif name in _POSITIVE:
+        ok, allowed = value > 0, "above 0"
+    elif name in _FROM_ZERO:
+        ok, allowed = value >= 0, "at least 0"
+    else:
+        ok, allowed = value >= 1, "at least 1"
+    if not ok:
+        raise RecipeError(f"{where}: {value} is out of range; it must be {allowed}.")
+
+
+# --- Setting single values ----------------------------------------------------------------------
+
+
+def _apply(data: Any, sets: Iterable[str]) -> tuple[Any, list[str]]:
+    """Return the changed copy, and the dotted names that were set as messages spell them."""
+    out, places = copy.deepcopy(data), []
+    for text in sets:
+        key, equals, value = text.partition("=")
+        steps = key.strip().split(".")
+        if not equals or not all(steps):
+            raise UsageError(
+                f"--set {escape(text)!r}: give key=value, such as mixer.window=512 or seed=1."
+            )
+        place = _put(out, _option_path(steps), _yaml.read(value, f"--set {escape(key)}")[0], key)
+        if place in places:
+            raise UsageError(f"--set {escape(key)}: set twice; give it once.")
+        places.append(place)
+    return out, places
+
+
+def _option_path(steps: list[str]) -> list[str]:
+    """Turn the user's dotted name into a path of the recipe."""
+    if len(steps) == 2 and steps[0] == "selector":
+        return ["select", "options", steps[1]]
+    if len(steps) == 2 and steps[0] == "mixer" and steps[1] not in {f.name for f in fields(Mixer)}:
+        return ["mixer", "options", steps[1]]
+    return steps
+
+
+def _put(data: Any, steps: list[str], value: Any, key: str) -> str:
+    """Set one value in place; return its dotted name as the loader spells it."""
+    place = ""
+    for i, step in enumerate(steps):
+        if not isinstance(data, (dict, list)):
+            raise UsageError(
+                f"--set {escape(key)}: {place or 'the recipe'} has no keys of its own."
+            )
+        at: Any = _stage(data, step, key) if isinstance(data, list) else step
+        place += f"[{at}]" if isinstance(data, list) else "." * bool(place) + escape(at, 60)
+        if i == len(steps) - 1:
+            data[at] = value
+        elif isinstance(data, dict):
+            data = data.setdefault(at, [] if place == "distill" else {})
+        else:
+            data = data[at]
+    return place
+
+
+def _stage(stages: list[Any], step: str, key: str) -> int:
+    losses = [str(s.get("loss", "")) if isinstance(s, dict) else "" for s in stages]
+    if re.fullmatch(r"[0-9]{1,4}", step) and int(step) < len(stages):
+        return int(step)
+    if losses.count(step) == 1:
+        return losses.index(step)
+    why = "names more than one entry; give its number" if step in losses else "is no entry"
+    names = ", ".join(f"{i} ({loss})" if loss else str(i) for i, loss in enumerate(losses))
+    raise UsageError(
+        f"--set {escape(key)}: {escape(step)!r} {why}.{nearest(step, losses)} "
+        f"There are: {names or 'none'}."
+    )

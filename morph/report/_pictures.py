@@ -1,0 +1,392 @@
+"""The pictures of a report, as PNG bytes. matplotlib is imported on first use; no torch.
+
+Colours are those of Okabe and Ito, which people with any common colour blindness can tell apart;
+lines also differ by marker. The same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from morph.errors import escape
+from morph.evaluation import Evaluation, ModelResult, Row
+from morph.plan import LayerPlan, Plan, Scores
+
+INK, PALE = "#222222", "#DDDDDD"
+PALETTE = ("#009E73", "#CC79A7", "#D55E00", "#F0E442", "#999999", "#882255", "#44AA99")
+OWN_WINDOW = "window of the source"
+MIXER_COLOURS = {"full": "#0072B2", "sliding": "#E69F00", OWN_WINDOW: "#56B4E9"}
+MODEL_COLOURS = ("#222222", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+MARKERS = "osD^vP"
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": PALE,
+    "text.parse_math": False,  # a `$` in a name is a `$`
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+}
+
+
+def scores_picture(scores: Scores, plan: Plan | None = None) -> bytes:
+    """Draw the score of every layer as a bar, or of every head as a cell; kept units stand out."""
+    title = f"Need for full attention, by {_short(scores.selector)}"
+    if scores.granularity == "layer":
+        return _score_bars(scores, plan, title)
+    return _score_cells(scores, plan, title)
+
+
+def _score_bars(scores: Scores, plan: Plan | None, title: str) -> bytes:
+    values = [row[0] for row in scores.values]
+    groups: dict[str, list[int]] = {}
+    for i in range(len(values)):
+        groups.setdefault(_layer_mixer(plan, i) if plan else "all layers", []).append(i)
+    colours = mixer_colours(groups)
+    with _figure(8, 3.2) as (figure, png):
+        axes = figure.subplots()
+        for mixer, layers in groups.items():
+            label = {"full": "kept full", "all layers": None}.get(mixer, f"becomes {_short(mixer)}")
+            heights = [values[i] for i in layers]
+            axes.bar(layers, heights, color=colours[mixer], width=0.8, label=label)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set(title=title, xlabel="layer", ylabel=_short(scores.unit, 30))
+        _whole_ticks(axes.xaxis, len(values))
+        axes.grid(axis="y")
+        if plan:
+            _legend_below(figure, axes)
+        return png()
+
+
+def _score_cells(scores: Scores, plan: Plan | None, title: str) -> bytes:
+    rows = list(map(list, zip(*scores.values)))  # units down, layers across
+    span = plan.geometry.group_size if plan and scores.granularity == "kv_head" else 1
+    with _figure(8, min(7.0, 1.6 + 0.22 * len(rows))) as (figure, png):
+        axes = figure.subplots()
+        image = axes.imshow(rows, cmap="cividis", aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=axes, label=_short(scores.unit, 30), pad=0.02)
+        if plan:
+            kept = [
+                (i, u)
+                for i, layer in enumerate(plan.layers)
+                for u in range(len(rows))
+                if _head_mixer(plan, i, layer, u * span) == "full"
+            ]
+            style = {"s": 18, "facecolor": "white", "edgecolor": INK, "linewidth": 0.8}
+            axes.scatter([i for i, _ in kept], [u for _, u in kept], label="kept full", **style)
+            _legend_below(figure, axes)
+        unit = {"kv_head": "KV head", "head": "query head"}[scores.granularity]
+        axes.set(title=title, xlabel="layer", ylabel=unit)
+        _whole_ticks(axes.xaxis, len(scores.values))
+        _whole_ticks(axes.yaxis, len(rows))
+        return png()
+
+
+def plan_picture(plan: Plan) -> bytes:
+    """Draw the plan as one cell per layer, or per layer and head where heads differ."""
+    mixed = any(len(layer.groups) > 1 for layer in plan.layers)
+    heads = plan.geometry.num_attention_heads if mixed else 1
+    cells = [
+        [_head_mixer(plan, i, layer, h) for i, layer in enumerate(plan.layers)]
+        for h in range(heads)
+    ]
+    names = list(dict.fromkeys(["full", *sorted({m for row in cells for m in row})]))
+    names = [n for n in names if any(n in row for row in cells)]
+    colours, count = mixer_colours(names), len(plan.layers)
+    with _figure(8, 1.9 if not mixed else min(7.0, 1.9 + 0.2 * heads)) as (figure, png):
+        from matplotlib.patches import Patch, Rectangle
+
+        axes = figure.subplots()
+        for h, row in enumerate(cells):
+            for i, mixer in enumerate(row):
+                box = Rectangle((i - 0.5, h - 0.5), 1, 1, facecolor=colours[mixer])
+                box.set(edgecolor="white", linewidth=1.2 if count <= 64 else 0.4)
+                axes.add_patch(box)
+                if not mixed and count <= 48:
+                    shade = _ink_on(colours[mixer])
+                    letter = plan.pattern[i]
+                    axes.text(i, h, letter, ha="center", va="center", color=shade, fontsize=9)
+        axes.set(xlim=(-0.5, count - 0.5), ylim=(heads - 0.5, -0.5), xlabel="layer")
+        axes.set(title="Which attention each layer gets" if not mixed else "Attention by head")
+        axes.spines[:].set_visible(False)
+        _whole_ticks(axes.xaxis, count)
+        if mixed:
+            axes.set_ylabel("query head")
+            _whole_ticks(axes.yaxis, heads)
+        else:
+            axes.set_yticks([])
+        unit = "heads" if mixed else "layers"
+        handles = []
+        for name in names:
+            number = sum(row.count(name) for row in cells)
+            handles.append(Patch(color=colours[name], label=f"{_short(name)}: {number} {unit}"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+        return png()
+
+
+def recall_picture(evaluation: Evaluation) -> bytes:
+    """Draw recall by length and depth: one panel per model, one row of panels per task."""
+    models = evaluation.models
+    tasks = list(dict.fromkeys(r.task for r in models[0].recall))
+    depths, _ = _axes_of(evaluation, tasks[0])
+    height = 0.9 + len(tasks) * (0.8 + 0.3 * max(3, len(depths)))
+    unable = _unable(evaluation)
+    with _figure(8, min(10.0, height)) as (figure, png):
+        panels = figure.subplots(len(tasks), len(models), squeeze=False, sharey="row")
+        for task, line in zip(tasks, panels):
+            depths, lengths = _axes_of(evaluation, task)
+            for model, axes in zip(models, line):
+                image = _recall_panel(axes, model, task, depths, lengths, unable)
+            line[0].set_ylabel(f"{_short(task)}\ndepth of the answer")
+        for model, axes in zip(models, panels[0]):
+            axes.set_title(_short(model.name, 64 // len(models)))
+        for axes in panels[-1]:
+            axes.set_xlabel("length, tokens")
+        figure.colorbar(image, ax=panels, label="share right", fraction=0.03, pad=0.02)
+        if unable:
+            figure.text(
+                0.01, 0.0, "hatched: the source itself cannot do this", fontsize=9, va="bottom"
+            )
+            figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
+        return png()
+
+
+def _recall_panel(
+    axes: Any,
+    model: ModelResult,
+    task: str,
+    depths: Sequence[float],
+    lengths: Sequence[int],
+    unable: set[tuple[str, int]],
+) -> Any:
+    from matplotlib.patches import Rectangle
+
+    cells = {(r.depth, r.length): r for r in model.recall if r.task == task}
+    grid = [[_share(cells.get((d, n))) for n in lengths] for d in depths]
+    axes.set_facecolor("#F4F4F4")
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            if (task, lengths[x]) in unable:
+                box = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///")
+                box.set(edgecolor="white", linewidth=0)
+                axes.add_patch(box)
+            if not math.isnan(value) and len(lengths) <= 8:
+                shade = "white" if value < 0.55 else INK
+                back = {"facecolor": image.cmap(value), "edgecolor": "none", "pad": 1.0}
+                axes.text(
+                    x, y, f"{value:.2f}", ha="center", va="center", color=shade,
+                    fontsize=9, bbox=back,
+                )  # fmt: skip
+    axes.set_xticks(range(len(lengths)), [tokens(n) for n in lengths])
+    axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return image
+
+
+def depth_picture(evaluation: Evaluation) -> bytes:
+    """Draw recall by depth with 95 % intervals: a line per model, a panel per task and length."""
+    cells = [(r.task, r.length) for r in evaluation.models[0].recall if r.depth is None][:6]
+    unable = _unable(evaluation)
+    columns = min(2, len(cells))
+    lines = math.ceil(len(cells) / columns)
+    with _figure(8, 0.6 + 2.7 * lines) as (figure, png):
+        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in panels.flat[len(cells) :]:
+            axes.set_visible(False)
+        for (task, length), axes in zip(cells, panels.flat):
+            for n, model in enumerate(evaluation.models):
+                rows = [r for r in model.recall if (r.task, r.length) == (task, length)]
+                _depth_line(axes, n, model, [r for r in rows if r.depth is not None])
+            note = ", source cannot" if (task, length) in unable else ""
+            axes.set(title=f"{_short(task)}, {tokens(length)} tokens{note}", ylim=(-0.03, 1.03))
+            axes.set_xlabel("depth of the answer in the text, %")
+            axes.grid(axis="y")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("share right, 95 % interval")
+        _legend_below(figure, panels[0, 0])
+        return png()
+
+
+def _depth_line(axes: Any, n: int, model: ModelResult, rows: Sequence[Row]) -> None:
+    # Side by side, or the intervals of models that score alike would hide each other.
+    shift = 1.2 * (n - 1.5)
+    x = [100 * (r.depth or 0.0) + shift for r in rows]
+    axes.errorbar(
+        x,
+        [r.recall for r in rows],
+        yerr=[[r.recall - r.low for r in rows], [r.high - r.recall for r in rows]],
+        color=MODEL_COLOURS[n % len(MODEL_COLOURS)],
+        marker=MARKERS[n % len(MARKERS)],
+        markersize=4,
+        linewidth=1.6,
+        elinewidth=0.8,
+        capsize=2,
+        label=_short(model.name),
+    )
+
+
+def cache_picture(plans: Mapping[str, Plan], dtype: str = "bfloat16") -> bytes:
+    """Draw the cache bytes of one sequence against its length, one line per plan, log-log."""
+    lengths = [2**n for n in range(8, 18)]
+    with _figure(8, 3.6) as (figure, png):
+        axes = figure.subplots()
+        for n, (name, plan) in enumerate(plans.items()):
+            held = [plan.cache_bytes(x, dtype) for x in lengths]
+            style = {
+                "color": MODEL_COLOURS[n % len(MODEL_COLOURS)],
+                "marker": MARKERS[n % len(MARKERS)],
+                "linestyle": ("-", "-", "--", ":")[n % 4],
+            }
+            axes.plot(lengths, held, label=_short(name), markersize=4, linewidth=1.8, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(lengths, [tokens(x) for x in lengths])
+        axes.yaxis.set_major_formatter(lambda value, _: size(value))
+        axes.minorticks_off()
+        axes.set(title=f"Cache of one sequence, {_short(dtype)}", xlabel="length, tokens")
+        axes.set_ylabel("bytes")
+        axes.grid()
+        _legend_below(figure, axes)
+        return png()
+
+
+def training_picture(stages: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """Draw the loss of each stage of training against its tokens: (tokens, loss) pairs."""
+    with _figure(8, 2.9) as (figure, png):
+        panels = figure.subplots(1, len(stages), squeeze=False)[0]
+        for axes, (name, points) in zip(panels, stages.items()):
+            x, y = zip(*points)
+            axes.plot(x, y, color=MODEL_COLOURS[1], linewidth=1.4, marker="." * (len(x) < 30))
+            axes.set(title=_short(name, 60 // len(stages)), xlabel="tokens")
+            axes.xaxis.set_major_locator(_ticker().MaxNLocator(4))
+            axes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
+            axes.grid(axis="y")
+        panels[0].set_ylabel("loss")
+        return png()
+
+
+def tokens(count: int) -> str:
+    """Return a length as people say it: 512, 32K, 1M, and 1000 as it is."""
+    for unit, step in (("M", 1 << 20), ("K", 1 << 10)):
+        if count and count % step == 0:
+            return f"{count // step}{unit}"
+    return str(count)
+
+
+def _thousands(count: float) -> str:
+    for unit, step in (("M", 10**6), ("K", 10**3)):
+        if count >= step:
+            return f"{count / step:g}{unit}"
+    return f"{count:g}"
+
+
+def size(count: float) -> str:
+    """Return bytes in binary units with three digits: 512 B, 1.5 KiB, 28 MiB."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    n = 0
+    while count >= 1000 and n < len(units) - 1:
+        count, n = count / 1024, n + 1
+    return f"{count:.3g} {units[n]}"
+
+
+def mixer_colours(names: Mapping[str, Any] | Sequence[str]) -> dict[str, str]:
+    """Return a colour per mixer: fixed for the common ones, else by name, so it never moves."""
+    found: dict[str, str] = {}
+    for name in names:
+        colour = MIXER_COLOURS.get(name, "#0072B2" if name == "all layers" else "")
+        start = zlib.crc32(name.encode())
+        free = [PALETTE[(start + k) % len(PALETTE)] for k in range(len(PALETTE))]
+        unused = [c for c in free if c not in found.values()]
+        found[name] = colour or (unused or free)[0]
+    return found
+
+
+def _layer_mixer(plan: Plan, i: int) -> str:
+    layer = plan.layers[i]
+    if layer.is_full:
+        return "full" if plan.geometry.windows[i] is None else OWN_WINDOW
+    return layer.mixer or "a mixture of heads"
+
+
+def _head_mixer(plan: Plan, i: int, layer: LayerPlan, head: int) -> str:
+    mixer = next(g.mixer for g in layer.groups if head in g.heads)
+    return OWN_WINDOW if mixer == "full" and plan.geometry.windows[i] is not None else mixer
+
+
+def _axes_of(evaluation: Evaluation, task: str) -> tuple[list[float], list[int]]:
+    rows = [r for m in evaluation.models for r in m.recall if r.task == task]
+    depths = sorted({r.depth for r in rows if r.depth is not None})
+    return depths, sorted({r.length for r in rows})
+
+
+def _unable(evaluation: Evaluation) -> set[tuple[str, int]]:
+    return {(d.task, d.length) for d in evaluation.differences if not d.source_can}
+
+
+def _share(row: Row | None) -> float:
+    return row.recall if row else math.nan
+
+
+def _short(text: str, limit: int = 24) -> str:
+    # The font has no glyph for every letter of the world; an escape is better than a box.
+    text = escape(text).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= limit else text[: max(4, limit - 3)] + "..."
+
+
+def _ink_on(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+
+
+def _ticker() -> Any:
+    from matplotlib import ticker
+
+    return ticker
+
+
+def _whole_ticks(axis: Any, count: int) -> None:
+    step = next(s for s in (1, 2, 4, 5, 8, 10, 20, 50, 100, 1000) if count / s <= 24)
+    axis.set_major_locator(_ticker().FixedLocator(range(0, count, step)))
+
+
+def _legend_below(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Any, Callable[[], bytes]]]:
+    """A figure that no user setting and no global state reaches, and what turns it into PNG."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+
+        def png() -> bytes:
+            import numpy as np
+            from PIL import Image  # comes with matplotlib
+
+            figure.canvas.draw()
+            image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+            out = io.BytesIO()
+            # 128 colours are enough for flat drawings, and make a file a quarter of the size.
+            image.quantize(128, dither=Image.Dither.NONE).save(out, format="PNG", optimize=True)
+            return out.getvalue()
+
+        yield figure, png

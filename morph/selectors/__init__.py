@@ -1,0 +1,1 @@
+"""How to score layers, KV heads and heads: one file per selector."""

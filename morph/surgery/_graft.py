@@ -1,0 +1,223 @@
+"""Put a plan into a live model, and take it out again.
+
+`graft` replaces `self_attn` in the layers a plan converts and hooks the base model so that every
+converted layer learns of padding and finds its own kind of cache. The source's tensors are used,
+not copied. `modeling` builds registered classes on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from morph import registry, strict
+from morph.cache import adopt
+from morph.errors import MismatchError, PlanError, UnsupportedModel
+from morph.families._family import Family
+from morph.families._lookup import family_of
+from morph.mixers._hybrid import Context, HybridAttention, group_shape, make_mixer
+from morph.plan import CacheCost, Geometry, HeadGroup, LayerPlan, Plan
+
+
+@dataclass(kw_only=True)
+class Graft:
+    """What `graft` changed, and how to undo it."""
+
+    base: nn.Module
+    family: Family
+    plan: Plan
+    originals: dict[int, nn.Module]
+    handle: Any
+
+    def undo(self) -> None:
+        """Put the source's attention modules back; the model is as it was."""
+        layers = layers_of(self.base, self.family)
+        for i, module in self.originals.items():
+            setattr(layers[i], self.family.attention, module)
+        self.handle.remove()
+        self.originals = {}
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the decoder without its head: `model.model` of a causal LM, or the model itself."""
+    return getattr(model, "base_model", model)
+
+
+def layers_of(base: nn.Module, family: Family) -> nn.ModuleList:
+    """Return the decoder layers."""
+    found: Any = base
+    for name in family.layers.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def attention_of(base: nn.Module, family: Family, layer_idx: int) -> nn.Module:
+    """Return the attention module of one layer, source or hybrid."""
+    return getattr(layers_of(base, family)[layer_idx], family.attention)
+
+
+def geometry_of(model: nn.Module, family: Family | None = None) -> Geometry:
+    """Return the attention geometry of a live model."""
+    config = model.config.to_dict()
+    return (family or family_of(config)).geometry(config)
+
+
+def hybrid_layers(model: nn.Module) -> dict[int, HybridAttention]:
+    """Return the converted attention modules of a model by layer index."""
+    return {m.layer_idx: m for m in model.modules() if isinstance(m, HybridAttention)}
+
+
+def graft(model: nn.Module, family: Family, plan: Plan, *, inherit: bool = False) -> Graft:
+    """Replace the attention of every layer that `plan` converts, in place, sharing all tensors.
+
+    `inherit` also lets every mixer start from the source attention's weights. Raises MismatchError when the plan was made for another shape of model.
+    """
+    base = base_of(model)
+    geometry = geometry_of(base, family)
+    if geometry != plan.geometry:
+        raise MismatchError(f"the plan was made for {plan.geometry}, the model has {geometry}.")
+    layers, originals = layers_of(base, family), {}
+    for i in plan.replaced_layers:
+        source = getattr(layers[i], family.attention)
+        if not isinstance(source, family.part(family.attention_class)):
+            raise UnsupportedModel(
+                f"layer {i}: attention is a {type(source).__name__}; family "
+                f"{family.model_type} expects {family.attention_class}."
+            )
+        hybrid = HybridAttention(source, family, geometry, plan.layers[i], i)
+        hybrid.mixers.to(next(source.parameters()).device)
+        for mixer in hybrid.mixers if inherit else ():
+            mixer.inherit(source)
+        hybrid.train(source.training)
+        originals[i] = source
+        setattr(layers[i], family.attention, hybrid)
+    handle = inform(base, plan.replaced_layers)
+    return Graft(base=base, family=family, plan=plan, originals=originals, handle=handle)
+
+
+def inform(base: nn.Module, swapped: tuple[int, ...]) -> Any:
+    """Hook the base model so that converted layers get their context and cache; return the handle.
+
+    The hook makes the cache where transformers would have, gives it the layers that converted
+    layers need while it is still empty, and passes padding down by keyword.
+    """
+    names = tuple(inspect.signature(type(base).forward).parameters)[1:]
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = {**dict(zip(names, args)), **kwargs}
+        if "morph_context" in kwargs:
+            return (), kwargs
+        cache = kwargs.get("past_key_values")
+        if cache is None and _wants_cache(module, kwargs):
+            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+        past = 0
+        if cache is not None:
+            past = int(cache.get_seq_length()) if len(cache.layers) else 0
+            if past == 0:
+                adopt(cache, swapped, module.config.num_hidden_layers)
+        kwargs["morph_context"] = context(kwargs, past, cache)
+        return (), kwargs
+
+    return base.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _wants_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    wanted = kwargs.get("use_cache")
+    if wanted is None:
+        wanted = getattr(module.config, "use_cache", False)
+    return bool(wanted) and not (module.training and getattr(module, "gradient_checkpointing", False))
+
+
+def context(kwargs: Mapping[str, Any], past: int, cache: Cache | None = None) -> Context:
+    """Return the Context of a forward called with `kwargs` after `past` tokens.
+
+    Raises MismatchError for packed sequences, which mixers do not reset at borders.
+    """
+    ids = kwargs.get("input_ids")
+    tokens = ids if ids is not None else kwargs["inputs_embeds"]
+    length = past + tokens.shape[1]
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Mapping):  # built ahead by generate(): any causal one tells of padding
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        _refuse_packing(kwargs.get("position_ids"), cache)
+        return Context()
+    if mask.dim() == 4:  # [B, 1, T, S]; the last query sees every real key
+        last = mask[:, 0, -1]
+        mask = last if last.dtype == torch.bool else last == 0
+    real = mask[:, :length].to(torch.bool)
+    if real.shape[1] != length:
+        raise MismatchError(
+            f"attention_mask covers {real.shape[1]} tokens; {past} were seen and "
+            f"{length - past} are given."
+        )
+    return Context(padding=None if bool(real.all()) else real)
+
+
+def _refuse_packing(positions: torch.Tensor | None, cache: Cache | None) -> None:
+    if positions is None or cache is not None or positions.shape[-1] < 2:
+        return
+    if bool((positions.diff(dim=-1) != 1).any()):
+        raise MismatchError(
+            "position_ids restart inside a row (packed sequences); mixers do not reset at such "
+            "borders. Give one document per row, with attention_mask for padding."
+        )
+
+
+def resolve_costs(plan: Plan) -> Plan:
+    """Return the plan with options checked and every group's `CacheCost` filled in.
+
+    Raises UnknownName and PlanError for mixers and options that do not exist.
+    """
+    layers = []
+    for i, layer in enumerate(plan.layers):
+        groups = []
+        for group in layer.groups:
+            options, cost = group_cost(group, plan.geometry, i)
+            groups.append(
+                HeadGroup(mixer=group.mixer, heads=group.heads, options=options, cache=cost)
+            )
+        layers.append(LayerPlan(groups=tuple(groups)))
+    return Plan(
+        model_type=plan.model_type,
+        geometry=plan.geometry,
+        layers=tuple(layers),
+        scores_digest=plan.scores_digest,
+    )
+
+
+def group_cost(
+    group: HeadGroup, geometry: Geometry, layer_idx: int
+) -> tuple[dict[str, Any], CacheCost]:
+    """Return a group's complete options and what its mixer keeps."""
+    module = registry.load("mixers", group.mixer)
+    where = f"layer {layer_idx}: mixer {group.mixer}"
+    options = strict.build(module.Options, group.options, where, PlanError)
+    cost = module.Mixer.cache_cost(options, group_shape(group, geometry, layer_idx))
+    return strict.plain(options), cost
+
+
+def mixer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, parameter) of the mixers' own parameters, under their state-dict names."""
+    for name, module in model.named_modules():
+        if isinstance(module, HybridAttention):
+            for sub, parameter in module.mixers.named_parameters():
+                yield f"{name}.mixers.{sub}", parameter
+
+
+def own_parameter_names(family: Family, plan: Plan) -> list[str]:
+    """Return the state-dict names of the mixers' own parameters in a causal LM with this plan."""
+    found = []
+    for i, layer in enumerate(plan.layers):
+        for j, group in enumerate(() if layer.is_full else layer.groups):
+            with torch.device("meta"):
+                mixer = make_mixer(group, plan.geometry, i, 1.0, None)
+            stem = f"model.{family.layers}.{i}.{family.attention}.mixers.{j}"
+            found += [f"{stem}.{name}" for name, _ in mixer.named_parameters()]
+    return found
