@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div, log_softmax
 
-from morph._losses import Head, head_kl
+from morph.distill import Head, head_kl
 
 
 def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, Head]:

@@ -11,6 +11,7 @@ Peak memory is the whole child process's, imports included. Prints JSON.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -98,9 +99,24 @@ def make(folder: Path, gigabytes: float, shards: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def peak_rss() -> int:
+    """Return the peak resident bytes of this process (ru_maxrss would include its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def sha256_seconds(folder: Path) -> float:
+    """Return the CPU seconds that hashing the folder takes: part of every write, not of `cp`."""
+    start = time.process_time()
+    for file in folder.iterdir():
+        with open(file, "rb") as opened:
+            hashlib.file_digest(opened, "sha256")
+    return time.process_time() - start
+
+
 def child(source: str, out: str, durable: bool) -> None:
     """Write once, and print seconds and peak memory of this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_rss()
     start = time.perf_counter()
     opened = Checkpoint.open(source)
     write_checkpoint(out, source=opened, config=opened.config, durable=durable)
@@ -111,7 +127,7 @@ def child(source: str, out: str, durable: bool) -> None:
             {
                 "seconds": seconds,
                 "cpu_seconds": usage.ru_utime + usage.ru_stime,
-                "peak_rss": usage.ru_maxrss * 1024,
+                "peak_rss": peak_rss(),
                 "peak_rss_at_start": before,
             }
         )
@@ -154,12 +170,16 @@ def measure(root: Path, gigabytes: float, shards: int, repeats: int) -> dict[str
     shutil.rmtree(out)
     times: dict[str, list[float]] = {"cp": [], "cp_sync": [], "write": [], "write_no_fsync": []}
     cpu: list[float] = []
+    cp_cpu: list[float] = []
     peak = start = 0
     for _ in range(repeats):
         for kind in times:
             os.sync()
             if kind.startswith("cp"):
+                used = os.times()
                 times[kind].append(copy(source, out, kind == "cp_sync"))
+                now = os.times()
+                cp_cpu.append(now[2] + now[3] - used[2] - used[3])
             else:
                 found = spawn(source, out, kind == "write")
                 times[kind].append(found["seconds"])
@@ -174,7 +194,9 @@ def measure(root: Path, gigabytes: float, shards: int, repeats: int) -> dict[str
         "tensors_equal": equal,
         "seconds_best": {k: round(v, 3) for k, v in best.items()},
         "seconds_median": {k: round(statistics.median(v), 3) for k, v in times.items()},
-        "write_cpu_seconds": round(statistics.median(cpu), 3),
+        "cpu_seconds_write": round(statistics.median(cpu), 3),
+        "cpu_seconds_cp": round(statistics.median(cp_cpu), 3),
+        "cpu_seconds_sha256": round(sha256_seconds(source), 3),
         "ratio_to_cp": round(best["write"] / best["cp"], 2),
         "ratio_to_cp_no_fsync": round(best["write_no_fsync"] / best["cp"], 2),
         "ratio_to_cp_sync": round(best["write"] / best["cp_sync"], 2),

@@ -29,8 +29,8 @@ NEEDLE_TASKS = {
 # The needle tasks follow the format of RULER (arXiv 2404.06654, section 3.1); the wording is ours.
 INTRO = "Some secret codes are hidden in this text. Remember them.\n"
 NOISE = " The rain is soft. The road is long. The night is quiet. We walk on. The day returns."
-STATEMENT = " The secret code of {key} is {value}."
-QUESTION = "\nWhat is the secret code of {key}? The secret code of {key} is"
+STATEMENT = " The secret code: {key} {value}."
+QUESTION = "\nWhat is the secret code of {key}? The secret code: {key}"
 
 KEY_WORDS = (  # noqa: SIM905
     "water fire stone river garden window table letter horse summer winter morning evening house "

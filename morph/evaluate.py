@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -316,7 +317,6 @@ def evaluate(
         differences=differences(
             hits,
             {result.name: result.perplexity for result in results},
-            lengths=settings.lengths,
             unable=unable,
         ),
         notes=tuple(notes),
@@ -333,7 +333,10 @@ def build_examples(
     stories: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Example]:
-    """Return the questions of an evaluation: `settings.examples` per task and length."""
+    """Return the questions of an evaluation: `settings.examples` per task and length.
+
+    name_recall has stories of any length up to the longest, and so `settings.examples` in all.
+    """
     found: list[Example] = []
     for task in settings.tasks:
         if task not in TASKS:
@@ -379,7 +382,12 @@ def _quality(
     batch_size: int,
 ) -> tuple[list[Hit], dict[str, Any]]:
     """Everything that does not depend on the clock; the model is let go on return."""
-    hits = recall(model, examples, batch_size)
+    # Stories have any length: they are one cell, under the length they were cut to.
+    longest = max(settings.lengths, default=0)
+    hits = [
+        replace(hit, length=longest) if hit.task == "name_recall" else hit
+        for hit in recall(model, examples, batch_size)
+    ]
     loss = None
     if text_ids is not None and settings.perplexity_tokens:
         loss = perplexity(
@@ -391,7 +399,7 @@ def _quality(
             bos=tokenizer.bos_token_id,
         )
     return hits, {
-        "recall": summarise(hits, lengths=settings.lengths, depths=_depths(settings.depths)),
+        "recall": summarise(hits, depths=_depths(settings.depths)),
         "perplexity": loss,
         "held": cache_bytes_held(model, settings.speed_length, seed),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

@@ -178,22 +178,16 @@ def paired_interval(lost: int, gained: int, count: int) -> tuple[float, float]:
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 
-def summarise(
-    hits: Sequence[Hit],
-    *,
-    lengths: Sequence[int] | None = None,
-    depths: Sequence[float] | None = None,
-) -> tuple[Row, ...]:
+def summarise(hits: Sequence[Hit], *, depths: Sequence[float] | None = None) -> tuple[Row, ...]:
     """Return recall by task, length and depth, and (depth None) by task and length.
 
-    With `lengths` and `depths`, a hit counts for the smallest listed length that holds it (the
-    largest where none does) and the nearest listed depth; without, for its own.
+    With `depths`, a hit counts for the nearest one listed (ties: the earlier); without, for its
+    own.
     """
     cells: dict[tuple[str, int, float | None], list[Hit]] = {}
     for hit in hits:
-        length = _bin_length(hit.length, lengths)
-        depth = _bin_depth(hit.depth, depths)
-        for key in ((hit.task, length, None), (hit.task, length, depth)):
+        depth = min(depths, key=lambda d: abs(d - hit.depth)) if depths else hit.depth
+        for key in ((hit.task, hit.length, None), (hit.task, hit.length, depth)):
             cells.setdefault(key, []).append(hit)
     whole_first = sorted(cells, key=lambda c: (c[0], c[1], -1 if c[2] is None else c[2]))
     return tuple(_row(key, cells[key]) for key in whole_first)
@@ -216,16 +210,6 @@ def _row(key: tuple[str, int, float | None], hits: Sequence[Hit]) -> Row:
     )
 
 
-def _bin_length(length: int, lengths: Sequence[int] | None) -> int:
-    if not lengths:
-        return length
-    return min((x for x in lengths if x >= length), default=max(lengths))
-
-
-def _bin_depth(depth: float, depths: Sequence[float] | None) -> float:
-    return min(depths, key=lambda d: abs(d - depth)) if depths else depth
-
-
 def cannot(rows: Sequence[Row], source: str) -> dict[tuple[str, int], str]:
     """Return the (task, length) cells that the source fails by itself, each with a sentence.
 
@@ -236,9 +220,9 @@ def cannot(rows: Sequence[Row], source: str) -> dict[tuple[str, int], str]:
         if row.depth is None and (row.recall < CAN_RECALL or row.low <= row.chance):
             guess = f", guessing gives {row.chance:.2f}" if row.chance else ""
             cells[row.task, row.length] = (
-                f"{escape(source)} cannot do {row.task} at {row.length} tokens before any "
-                f"conversion ({row.correct} of {row.count} right{guess}): what other models "
-                "score there says nothing about damage."
+                f"{escape(source)} itself cannot do {escape(row.task, 40)} at {row.length} tokens "
+                f"({row.correct} of {row.count} right{guess}): what other models score there "
+                "says nothing about damage."
             )
     return cells
 
@@ -247,7 +231,6 @@ def differences(
     hits: Mapping[str, Sequence[Hit]],
     losses: Mapping[str, Measured | None],
     *,
-    lengths: Sequence[int] | None = None,
     unable: Collection[tuple[str, int]] = (),
 ) -> tuple[Difference, ...]:
     """Return every model against the first one, question by question and context by context.
@@ -257,7 +240,7 @@ def differences(
     source, *others = hits
     found: list[Difference] = []
     for name in others:
-        found += _recall_differences(name, hits[source], hits[name], lengths, unable)
+        found += _recall_differences(name, hits[source], hits[name], unable)
         before, after = losses.get(source), losses.get(name)
         if before and after:
             found.append(_loss_difference(name, before, after))
@@ -268,13 +251,11 @@ def _recall_differences(
     name: str,
     before: Sequence[Hit],
     after: Sequence[Hit],
-    lengths: Sequence[int] | None,
     unable: Collection[tuple[str, int]],
 ) -> list[Difference]:
     cells: dict[tuple[str, int], list[int]] = {}
     for a, b in zip(before, after, strict=True):
-        cell = (a.task, _bin_length(a.length, lengths))
-        cells.setdefault(cell, []).append(int(b.correct) - int(a.correct))
+        cells.setdefault((a.task, a.length), []).append(int(b.correct) - int(a.correct))
     found = []
     for (task, length), changes in sorted(cells.items()):
         lost, gained, count = changes.count(-1), changes.count(1), len(changes)

@@ -72,16 +72,18 @@ def classes(model_type: str) -> tuple[type, type, type]:
     )
 
     def base_init(self: Any, config: Any) -> None:
+        plan = plan_of(config)
         source_base.__init__(self, config)
-        surgery.graft(self, family, plan_of(config))
+        surgery.graft(self, family, plan)
 
     def causal_init(self: Any, config: Any) -> None:
         # The family's constructor names its own base class; the graft turns that instance into
         # ours instead of building the decoder twice.
+        plan = plan_of(config)
         source_causal.__init__(self, config)
         base = surgery.base_of(self)
         base.__class__ = base_class
-        surgery.graft(base, family, plan_of(config))
+        surgery.graft(base, family, plan)
 
     common = {
         "config_class": config_class,

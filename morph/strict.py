@@ -20,9 +20,7 @@ T = TypeVar("T")
 _SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
-def build(
-    cls: type[T], data: Any, where: str = "", error: type[MorphError] = RecipeError
-) -> T:
+def build(cls: type[T], data: Any, where: str = "", error: type[MorphError] = RecipeError) -> T:
     """Return `cls(**data)` with every key known and every value of the declared type.
 
     `where` is the dotted place printed in messages; `error` is the class raised. Integers accept
@@ -120,9 +118,7 @@ def _tuple(args: tuple[Any, ...], value: Any, where: str, error: type[MorphError
         return tuple(convert(args[0], v, f"{where}[{i}]", error) for i, v in enumerate(value))
     if len(args) != len(value):
         raise error(f"{where}: expected {len(args)} entries, got {len(value)}.")
-    return tuple(
-        convert(a, v, f"{where}[{i}]", error) for i, (a, v) in enumerate(zip(args, value))
-    )
+    return tuple(convert(a, v, f"{where}[{i}]", error) for i, (a, v) in enumerate(zip(args, value)))
 
 
 def _scalar(hint: Any, value: Any, where: str, error: type[MorphError]) -> Any:

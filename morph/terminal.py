@@ -209,13 +209,15 @@ def training() -> Iterator[Callable[[Any], None]]:
     tasks: dict[str, Any] = {}
 
     def update(event: Any) -> None:
+        if event.kind != "step":
+            return
         if not tasks:
             progress.start()
-        name = str(event["stage"])
+        name = f"{event.stage + 1} {event.name}"
         if name not in tasks:
-            tasks[name] = progress.add_task(name, total=event["steps"], note="")
-        note = f"loss {event['loss']:.4g}  {event['tokens_per_second']:,.0f} tok/s"
-        progress.update(tasks[name], completed=event["step"], note=note)
+            tasks[name] = progress.add_task(name, total=event.steps, note="")
+        note = f"loss {event.loss:.4g}  {event.tokens_per_second:,.0f} tok/s"
+        progress.update(tasks[name], completed=event.step, note=note)
 
     try:
         yield update

@@ -72,14 +72,14 @@ def test_the_answer_stands_in_the_asked_needle_and_nowhere_else(task, tokenizer,
         answer = tokenizer.decode(example.answer).strip()
         assert prompt.count(answer) == 1
         from_needle = tokenizer.decode(example.ids[example.needle_start : example.answer_start])
-        key = prompt.rsplit("secret code of ", 1)[1].split(" is")[0]
-        assert from_needle.startswith(f" The secret code of {key} is {answer}.")
+        key = prompt.rsplit("The secret code: ", 1)[1].strip()
+        assert from_needle.startswith(f" The secret code: {key} {answer}.")
 
 
 def test_multikey_hides_several_needles_under_different_keys(tokenizer, novel):
     for example in make("multikey", tokenizer, novel, num_keys=6):
         text = tokenizer.decode(example.ids[: example.answer_start])
-        stated = [part.split(" is ")[0] for part in text.split(" The secret code of ")[1:7]]
+        stated = [part.split(" ")[0] for part in text.split(" The secret code: ")[1:7]]
         assert len(set(stated)) == 6
 
 

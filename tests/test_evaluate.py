@@ -225,16 +225,16 @@ def test_summarise_counts_cells_and_wholes():
     hits = [
         found.Hit(example=i, task="name_recall", length=n, depth=d, correct=ok, chance=0.25)
         for i, (n, d, ok) in enumerate(
-            [(100, 0.1, True), (128, 0.9, False), (129, 0.6, True), (900, 0.4, True)]
+            [(128, 0.1, True), (128, 0.9, False), (512, 0.6, True), (512, 0.5, True)]
         )
     ]
-    rows = found.summarise(hits, lengths=(128, 512), depths=(0.0, 1.0))
+    rows = found.summarise(hits, depths=(0.0, 1.0))
     assert [(r.length, r.depth, r.correct, r.count) for r in rows] == [
         (128, None, 1, 2), (128, 0.0, 1, 1), (128, 1.0, 0, 1),
         (512, None, 2, 2), (512, 0.0, 1, 1), (512, 1.0, 1, 1),
     ]  # fmt: skip
     assert all(r.chance == 0.25 for r in rows)
-    assert {r.length for r in found.summarise(hits)} == {100, 128, 129, 900}
+    assert {r.depth for r in found.summarise(hits)} == {None, 0.1, 0.5, 0.6, 0.9}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_evaluation_puts_models_side_by_side():
     assert {d.model for d in result.differences} == {"other"}
     assert {d.task for d in result.differences} == {"single_1", "multikey", "perplexity"}
     assert not any(d.source_can for d in result.differences if d.task != "perplexity")
-    assert sum("cannot do" in note for note in result.notes) == 2
+    assert sum("itself cannot do" in note for note in result.notes) == 2
     assert len(told) == 3
 
 

@@ -19,11 +19,11 @@ FLOORS = {
     "errors": 0, "strict": 0, "_autoload": 0,
     "registry": 1, "plan": 1, "recipes": 1,
     "kernels": 2,
-    "families": 3, "cache": 3, "data": 3, "evaluation": 3,
-    "mixers": 4, "_losses": 4, "_training": 4, "_runstate": 4,  # the last three serve distill
+    "families": 3, "cache": 3, "data": 3, "evaluation": 3, "_tiny": 3,
+    "mixers": 4,
     "selectors": 5, "surgery": 5, "checkpoint": 5, "modeling": 5, "distill": 5, "evaluate": 5,
     "restore": 5, "report": 5, "testing": 5,
-    "pipeline": 6,
+    "pipeline": 6, "terminal": 6,
     "cli": 7, "__main__": 7, "_fresh": 7, "_reference": 7,  # entry points of processes
 }  # fmt: skip
 PACKAGE = 0  # `from morph import __version__`

@@ -28,7 +28,7 @@ class Options:
 ''',
     "selectors/needy.py": '"""Needs an option."""\nclass Options:\n    path: str\n',
     "selectors/nll.py": '"""The default."""\nclass Options:\n    samples: int = 8\n',
-    "mixers/sliding.py": '"""Slides."""\nclass Options:\n    window: int = 64\n    sinks: int = 4\n',
+    "mixers/sliding.py": '"""A window."""\nclass Options:\n    window: int = 64\n',
     "families/llama.py": '"""A family."""\n',
     "recipes/quick.yaml": "# A recipe for tests.\nmodel: some/model\nselect: {selector: probe}\n",
 }
@@ -279,6 +279,8 @@ def test_load_by_name_and_by_path(tmp_path: Path):
     file = tmp_path / "own.yaml"
     file.write_text(FULL, encoding="utf-8-sig")  # a byte order mark does not matter
     assert load(file) == load(str(file)) == load_text(FULL)
+    assert schema.folder(file) == tmp_path
+    assert schema.folder("quick") == registry.ROOT.parent
 
 
 @pytest.mark.parametrize(

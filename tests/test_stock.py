@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from morph import registry
-from morph.errors import CheckpointError
 from morph.families import _stock
+from morph.mixers._hybrid import HybridAttention
 from morph.plan import HeadGroup, LayerPlan, Plan, full_plan
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -87,6 +87,7 @@ CASES = [
     Case("phi3", "granite_swa", sinks=True),
 ]
 MIXED = [c for c in CASES if c.note != "windowed" or c.family == "qwen2"]
+PAIRS = list({(c.family, c.target): c for c in reversed(CASES)}.values())
 
 
 def family(name):
@@ -185,7 +186,7 @@ def tokens(model):
 
 def logits(model, ids):
     with torch.no_grad():
-        return model(ids).logits
+        return model(ids, use_cache=False).logits
 
 
 def banded_logits(model, ids, windows):
@@ -206,10 +207,8 @@ def banded_logits(model, ids, windows):
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.sinks], ids=str)
 def test_all_full_is_the_source_bit_by_bit(case, source, tmp_path):
-    if case.sinks:
-        pytest.skip("a source without sinks is not exported to an architecture with them")
     raw, model = source(case.family, case.changes)
     plan = full_plan(case.family, family(case.family).geometry(raw))
     target, written = exported(tmp_path, case.family, raw, plan)
@@ -247,6 +246,26 @@ def test_mixed_layers_are_the_source_under_a_banded_mask(case, source, tmp_path,
     assert (got - expected).abs().max() <= 1e-5
     assert (got - logits(model, ids)).abs().max() > 1e-2  # the window matters at this length
     assert cached_difference(written, ids) <= 1e-5
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_export_is_the_hybrid_in_memory(case, source, tmp_path):
+    raw, model = source(case.family, case.changes)
+    part, layers = family(case.family), (1, 2, 3) if case.family != "ministral" else (0, 2, 3)
+    layers = [i for i in layers if part.geometry(raw).windows[i] is None]
+    plan = sliding(case.family, raw, layers, case.window, sink_bias=case.sinks)
+    for i in layers:
+        layer = model.base_model.layers[i]
+        layer.self_attn = HybridAttention(
+            layer.self_attn, part, plan.geometry, plan.layers[i], i
+        ).eval()
+        for parameter in layer.self_attn.mixers.parameters():
+            parameter.data = torch.linspace(-1, 3, parameter.numel())
+    new = {k: v.numpy() for k, v in model.state_dict().items() if k.endswith(".mixers.0.sinks")}
+    assert len(new) == len(layers) * case.sinks
+    _, written = exported(tmp_path, case.family, raw, plan, new)
+    ids = tokens(model)
+    assert (logits(written, ids) - logits(model, ids)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["stories260K", "stories260K-yarn2", "tinystories656K"])
@@ -289,7 +308,7 @@ def use_sinks(monkeypatch, name, new):
     monkeypatch.setattr(module, "eager_attention_forward", attend)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.note], ids=str)
+@pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_every_config_field_that_both_know_is_carried_over(case, source, tmp_path):
     odd = {
         "initializer_range": 0.017,
@@ -308,10 +327,7 @@ def test_every_config_field_that_both_know_is_carried_over(case, source, tmp_pat
     odd[act] = "relu"
     raw, model = source(case.family, {**case.changes, **odd}, torch.bfloat16)
     plan = sliding(case.family, raw, [2], case.window, sink_bias=case.sinks)
-    target, reasons = _stock.pick(family(case.family), raw, plan)
-    if target is None:
-        assert case.family == "gemma3_text", reasons
-        pytest.skip("two rotary settings: " + reasons[0])
+    target, _ = _stock.pick(family(case.family), raw, plan)
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(target.config(raw, plan)))
@@ -333,14 +349,12 @@ def test_every_config_field_that_both_know_is_carried_over(case, source, tmp_pat
             assert one[key] == flat.get(FULL, flat)[key]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.note], ids=str)
+@pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_targets_say_outright_what_their_defaults_would_say_differently(case):
     """No field of the target class is left to its default, where the config could say it."""
-    raw = {**family(case.family).tiny_config, "model_type": case.family}
+    raw = {**family(case.family).tiny_config, **case.changes, "model_type": case.family}
     plan = sliding(case.family, raw, [3], sink_bias=case.sinks)
-    target, reasons = _stock.pick(family(case.family), raw, plan)
-    if target is None:
-        pytest.skip("two rotary settings: " + reasons[0])
+    target, _ = _stock.pick(family(case.family), raw, plan)
     written = target.config(raw, plan)
     cls = type(AutoConfig.for_model(case.target))
     base = {f.name for f in dataclasses.fields(cls.__mro__[1])}
@@ -349,147 +363,3 @@ def test_targets_say_outright_what_their_defaults_would_say_differently(case):
         silent -= {"rope_parameters"}
     assert silent <= {"no_rope_layer_interval", "use_bidirectional_attention"}
     assert json.loads(json.dumps(written)) == written
-
-
-def test_a_native_vllm_class_that_would_ignore_the_windows_is_made_to_refuse():
-    for name in ("qwen2", "qwen3"):
-        raw = family(name).tiny_config
-        plan = sliding(name, raw, [1, 3])
-        target, _ = _stock.pick(family(name), raw, plan)
-        config = target.config(raw, plan)
-        assert config["use_sliding_window"] is True
-        assert config["max_window_layers"] == 1 < config["num_hidden_layers"]
-        assert "--model-impl transformers" in target.serve
-
-
-def heads_mixed(raw, name):
-    plan = sliding(name, raw, [1])
-    heads = plan.layers[1].groups[0].heads
-    mixed = LayerPlan(
-        groups=(
-            HeadGroup(mixer="full", heads=heads[:2]),
-            HeadGroup(mixer="sliding", heads=heads[2:], options={"window": WINDOW}),
-        )
-    )
-    return dataclasses.replace(plan, layers=(plan.layers[0], mixed, *plan.layers[2:]))
-
-
-def two_windows(raw, name):
-    plan, other = sliding(name, raw, [1]), sliding(name, raw, [2], 16)
-    return dataclasses.replace(plan, layers=(*plan.layers[:2], *other.layers[2:]))
-
-
-def other_mixer(raw, name):
-    plan = sliding(name, raw, [1])
-    group = HeadGroup(mixer="decay", heads=plan.layers[1].groups[0].heads)
-    layers = (plan.layers[0], LayerPlan(groups=(group,)), *plan.layers[2:])
-    return dataclasses.replace(plan, layers=layers)
-
-
-REFUSED = {
-    "heads": ("llama", {}, heads_mixed, "layer 1 mixes heads"),
-    "windows": ("llama", {}, two_windows, "layer 1 has a window of 8 tokens and layer 2 one of 16"),
-    "mixer": ("llama", {}, other_mixer, "layer 1 is 'decay'"),
-    "sink-tokens": (
-        "llama",
-        {},
-        lambda raw, n: sliding(n, raw, [2], num_sinks=4),
-        "layer 2 slides with num_sinks=4",
-    ),
-    "unknown-option": (
-        "qwen3",
-        {},
-        lambda raw, n: sliding(n, raw, [2], stride=2),
-        "layer 2 slides with stride=2",
-    ),
-    "learned-sinks": (
-        "qwen3",
-        {},
-        lambda raw, n: sliding(n, raw, [2], sink_bias=True),
-        "layer 2 has learned sinks",
-    ),
-    "own-window": (
-        "gemma2",
-        {},
-        lambda raw, n: sliding(n, raw, [1], 5),
-        "layer 0 has a window of 8 tokens and layer 1 one of 5",
-    ),
-    "own-window-changed": (
-        "gemma2",
-        {},
-        lambda raw, n: sliding(n, raw, [0], 5),
-        "layer 0 has a window of 8 in the source and 5 in the plan",
-    ),
-    "two-ropes": ("gemma3_text", {}, lambda raw, n: sliding(n, raw, [2]), "rotate with base"),
-    "two-scalings": (
-        "olmo3",
-        {"rope_scaling": YARN},
-        lambda raw, n: sliding(n, raw, [2]),
-        "otherwise scaled",
-    ),
-    "longrope": (
-        "phi3",
-        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
-        lambda raw, n: sliding(n, raw, [2]),
-        "'longrope'",
-    ),
-    "partial-rotary": (
-        "phi3",
-        {"partial_rotary_factor": 0.5},
-        lambda raw, n: sliding(n, raw, [2]),
-        "share of 0.5",
-    ),
-    "old-gelu": ("gemma", {"hidden_act": "gelu"}, lambda raw, n: sliding(n, raw, [2]), "'gelu'"),
-    "per-layer-config": (
-        "llama",
-        {"per_layer_config": {"0": {"num_key_value_heads": 1}}},
-        lambda raw, n: sliding(n, raw, [2]),
-        "per_layer_config",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_plans_without_a_stock_home_are_refused_with_a_sentence(name):
-    model_type, changes, make, words = REFUSED[name]
-    raw = {**family(model_type).tiny_config, **changes}
-    target, reasons = _stock.pick(family(model_type), raw, make(raw, model_type))
-    assert target is None
-    assert len(reasons) == len(family(model_type).stock)
-    assert any(words in reason for reason in reasons), reasons
-    assert all(reason.endswith(".") and ": " in reason for reason in reasons)
-
-
-def test_pick_says_why_better_targets_were_passed_over():
-    raw = {**family("llama").tiny_config, "mlp_bias": True}
-    target, reasons = _stock.pick(family("llama"), raw, sliding("llama", raw, [1]))
-    assert target.model_type == "smollm3"
-    assert reasons == ["ministral: the source has biases (mlp_bias), which it has no place for."]
-
-
-def test_stray_fields_of_the_target_do_not_slip_through():
-    stray = {
-        "layer_types": [SLIDING] * 4,
-        "sliding_window": 3,
-        "no_rope_layers": [0] * 4,
-        "attention_multiplier": 9.0,
-        "layer_rope_theta": [0, 0, 0, 0],
-        "auto_map": {"AutoModelForCausalLM": "evil.py"},
-    }
-    raw = {**family("llama").tiny_config, **stray, "attention_bias": True}
-    plan = sliding("llama", raw, [1])
-    config = _stock.pick(family("llama"), raw, plan)[0].config(raw, plan)
-    assert config["layer_types"] == [FULL, SLIDING, FULL, FULL]
-    assert (config["sliding_window"], config["no_rope_layers"]) == (WINDOW, [1] * 4)
-    assert "auto_map" not in config
-    plan = sliding("llama", raw, [1], sink_bias=True)
-    config = _stock.pick(family("llama"), raw, plan)[0].config(raw, plan)
-    assert config["attention_multiplier"] == 10**-0.5
-    assert config["layer_rope_theta"] == [5000.0] * 4
-
-
-def test_rotary_settings_that_are_no_mapping_are_named():
-    raw = {**family("llama").tiny_config, "rope_scaling": 3}
-    plan = sliding("llama", raw, [1])
-    with pytest.raises(CheckpointError, match="rope_scaling is 3"):
-        _stock.pick(family("llama"), raw, plan)[0].config(raw, plan)

@@ -36,7 +36,8 @@ OK = [
     (int | str, 3, 3), (int | str, "2M", "2M"), (str | int, 3, 3),
     (int | tuple[int, int], [3, 1], (3, 1)), (int | tuple[int, int], 3, 3),
     (Literal["a", "b"], "a", "a"), (Literal[1, 2], 2, 2), (Literal[True], True, True),
-    (tuple[int, ...], [], ()), (tuple[int, ...], [1, 2], (1, 2)), (tuple[int, str], (1, "a"), (1, "a")),
+    (tuple[int, ...], [], ()), (tuple[int, ...], [1, 2], (1, 2)),
+    (tuple[int, str], (1, "a"), (1, "a")),
     (tuple[tuple[float, ...], ...], [[1, 2], [3]], ((1.0, 2.0), (3.0,))),
     (dict[str, int], {"a": 1}, {"a": 1}), (Mapping[str, Any], {"a": [1]}, {"a": [1]}),
     (dict, {1: 2}, {1: 2}), (Any, object, object), (Inner, {"size": 1}, Inner(size=1)),
@@ -51,7 +52,8 @@ BAD = [
     (str, 1), (str, None), (str, ["a"]), (bool, 1), (bool, "true"), (bool, "no"), (bool, None),
     (type(None), 0), (int | None, "x"), (int | str, None), (int | str, [1]),
     (Literal["a", "b"], "c"), (Literal["a"], None), (Literal[1], True), (Literal[True], 1),
-    (tuple[int, ...], "12"), (tuple[int, ...], 5), (tuple[int, ...], {"a": 1}), (tuple[int, ...], [1, "x"]),
+    (tuple[int, ...], "12"), (tuple[int, ...], 5), (tuple[int, ...], {"a": 1}),
+    (tuple[int, ...], [1, "x"]),
     (tuple[int, int], [1]), (tuple[int, int], [1, 2, 3]),
     (dict[str, int], []), (dict[str, int], {"a": "x"}), (dict[str, int], {1: 1}), (dict, "x"),
     (Inner, 5), (Inner, []), (Inner, {"size": "x"}), (Inner, {}),
@@ -78,7 +80,7 @@ def test_refused(hint, value):
 @pytest.mark.parametrize(
     ("data", "needles"),
     [
-        ({"inner": {"sise": 1}}, ("inner.sise: unknown key.", "Did you mean 'size'?", "name, size")),
+        ({"inner": {"sise": 1}}, ("inner.sise: unknown key.", "Did you mean 'size'?", "size")),
         ({"inner": {"name": "a"}}, ("inner: missing size.",)),
         ({}, ("top level: missing inner.",)),
         ({"inner": {"size": 1}, "items": [{"size": 1}, {"size": "?"}]}, ("items[1].size",)),
@@ -91,8 +93,8 @@ def test_refused(hint, value):
         ({"\x1b[31m": 1}, (r"\x1b[31m: unknown key",)),
         ({"inner": {"size": "\x07" * 300}}, (r"\x07",)),
     ],
-    ids=["unknown", "missing", "empty", "item", "entry", "derived", "none", "null", "list", "int-key",
-         "escape-key", "escape-value"],
+    ids=["unknown", "missing", "empty", "item", "entry", "derived", "none", "null", "list",
+         "int-key", "escape-key", "escape-value"],
 )  # fmt: skip
 def test_messages_name_the_place(data: Any, needles: tuple[str, ...]):
     with pytest.raises(RecipeError) as caught:

@@ -184,13 +184,13 @@ def find_shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None, l
     for key, name in weight_map.items():
         if not isinstance(name, str):
             raise CheckpointError(
-                f"{where}: {escape(key, 80)!r} maps to {escape(name, 40)}, not a file."
+                f"{where}: '{escape(key, 80)}' maps to {escape(name, 40)}, not a file."
             )
     shards = tuple(sorted(set(weight_map.values())))
     for name in shards:
         check_basename(name, where)
         if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{where}: {escape(name)!r} is no .safetensors file.")
+            raise CheckpointError(f"{where}: '{escape(name)}' is no .safetensors file.")
     missing = [n for n in shards if not os.path.lexists(folder / n)]
     if missing:
         raise CheckpointError(
@@ -222,7 +222,7 @@ def collect_tensors(
         for name, info in header.tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{escape(folder)}: tensor {escape(name, 80)!r} is in two files, "
+                    f"{escape(folder)}: tensor '{escape(name, 80)}' is in two files, "
                     f"{escape(tensors[name].file.name)} and {escape(shard)}."
                 )
             tensors[name] = info
@@ -230,13 +230,13 @@ def collect_tensors(
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
                 raise CheckpointError(
-                    f"{escape(folder / INDEX)} puts tensor {escape(name, 80)!r} into "
+                    f"{escape(folder / INDEX)} puts tensor '{escape(name, 80)}' into "
                     f"{escape(shard)}, which does not hold it."
                 )
         for name, info in tensors.items():
             if name not in weight_map:
                 raise CheckpointError(
-                    f"{escape(info.file)} holds tensor {escape(name, 80)!r}, which {INDEX} does "
+                    f"{escape(info.file)} holds tensor '{escape(name, 80)}', which {INDEX} does "
                     "not list."
                 )
     if not tensors:

@@ -64,7 +64,7 @@ def dtype_code(name: str) -> str:
     """Return the safetensors code of `BF16`, `bfloat16` or `torch.bfloat16`."""
     code = TORCH_NAMES.get(str(name).removeprefix("torch."), str(name))
     if code not in BITS:
-        raise CheckpointError(f"dtype {escape(name)!r} is unknown. There are: {', '.join(BITS)}.")
+        raise CheckpointError(f"dtype '{escape(name)}' is unknown. There are: {', '.join(BITS)}.")
     return code
 
 
@@ -88,7 +88,7 @@ def load_json(data: bytes, where: str) -> Any:
         if len(found) != len(pairs):
             last = {k: i for i, (k, _) in enumerate(pairs)}
             double = next(k for i, (k, _) in enumerate(pairs) if last[k] != i)
-            raise CheckpointError(f"{where}: key {escape(double)!r} appears twice.")
+            raise CheckpointError(f"{where}: key '{escape(double)}' appears twice.")
         return found
 
     try:
@@ -137,7 +137,7 @@ def check_basename(name: str, where: str) -> str:
     )
     if not plain:
         raise CheckpointError(
-            f"{where}: {escape(name)!r} is no plain file name. Files of a checkpoint lie in its "
+            f"{where}: '{escape(name)}' is no plain file name. Files of a checkpoint lie in its "
             "own folder; a name may not hold a folder, a drive or '..'."
         )
     return name
@@ -267,14 +267,14 @@ def _count(value: Any) -> bool:
 
 
 def _tensor(key: str, info: Any, path: Path, base: int) -> TensorInfo:
-    where = f"{escape(path)}: tensor {escape(key, 80)!r}"
+    where = f"{escape(path)}: tensor '{escape(key, 80)}'"
     if not 0 < len(key) <= MAX_NAME or not key.isprintable():
         raise CheckpointError(f"{where}: the name is empty, too long or holds control characters.")
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets.")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: unknown dtype {escape(dtype, 40)!r}.")
+        raise CheckpointError(f"{where}: unknown dtype '{escape(dtype, 40)}'.")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(_count, shape)):
         raise CheckpointError(f"{where}: shape {escape(shape, 60)} is no list of sizes.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_count, offsets)):
@@ -296,7 +296,7 @@ def _check_cover(tensors: Mapping[str, TensorInfo], shown: str, base: int, size:
         if info.start != at:
             what = "overlaps the tensor before it" if info.start < at else "follows a hole"
             raise CheckpointError(
-                f"{shown}: tensor {escape(key, 80)!r} {what} (byte {info.start}, expected {at})."
+                f"{shown}: tensor '{escape(key, 80)}' {what} (byte {info.start}, expected {at})."
             )
         at = info.stop
     if at != size:

@@ -30,7 +30,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return local.resolve()
     if not _ID.fullmatch(model) or ".." in model:
         raise CheckpointError(
-            f"{escape(model)!r} is neither a local folder nor a Hub id such as Qwen/Qwen3-0.6B."
+            f"'{escape(model)}' is neither a local folder nor a Hub id such as Qwen/Qwen3-0.6B."
         )
     from huggingface_hub import snapshot_download
 
@@ -45,7 +45,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     except failures as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{escape(model)!r} is no local folder, and could not be had from the Hugging Face "
+            f"'{escape(model)}' is no local folder, and could not be had from the Hugging Face "
             f"Hub: {escape(reason)} Check the name and the connection, or give a folder."
         ) from error
     return Path(folder)

@@ -95,7 +95,7 @@ def plan_shards(
     targets: dict[str, Piece] = {}
     for move in _moves(source, moves, dropped):
         if move.target in targets:
-            raise CheckpointError(f"two moves make tensor {escape(move.target)!r}.")
+            raise CheckpointError(f"two moves make tensor '{escape(move.target)}'.")
         piece = _moved(source, move)
         if move.target in replaced:
             piece = _replacement(piece, replaced[move.target])
@@ -139,7 +139,7 @@ def _moves(
     for name, reason in dropped.items():
         source.info(name)
         if not reason:
-            raise CheckpointError(f"tensor {escape(name)!r} is dropped without a reason.")
+            raise CheckpointError(f"tensor '{escape(name)}' is dropped without a reason.")
     if moves is None:
         return [_Same(n, n) for n in source.tensors if n not in dropped]
     covered: dict[str, list[tuple[int, int]]] = {}
@@ -150,7 +150,7 @@ def _moves(
             covered.setdefault(move.source, []).append(move.rows or whole)
     both = sorted(set(covered) & set(dropped))
     if both:
-        raise CheckpointError(f"tensor {escape(both[0])!r} is both moved and dropped.")
+        raise CheckpointError(f"tensor '{escape(both[0])}' is both moved and dropped.")
     lost = [n for n in source.tensors if n not in covered and n not in dropped]
     if lost:
         shown = ", ".join(escape(n, 80) for n in lost[:3])
@@ -166,7 +166,7 @@ def _moves(
                 break
             at = max(at, stop)
         if at < (shape[0] if shape else 1):
-            raise CheckpointError(f"no move copies row {at} of source tensor {escape(name)!r}.")
+            raise CheckpointError(f"no move copies row {at} of source tensor '{escape(name)}'.")
     return moves
 
 
@@ -174,7 +174,7 @@ def _moved(source: Checkpoint, move: MoveLike) -> Piece:
     target = _new_name(move.target)
     if move.source is None:
         if move.shape is None:
-            raise CheckpointError(f"tensor {escape(target)!r}: a new constant needs a shape.")
+            raise CheckpointError(f"tensor '{escape(target)}': a new constant needs a shape.")
         dtype, shape = source.main_dtype, tuple(move.shape)
         return Piece(target, dtype, shape, _constant(dtype, prod(shape), move.fill))
     info = source.info(move.source)
@@ -184,8 +184,8 @@ def _moved(source: Checkpoint, move: MoveLike) -> Piece:
         first, last = move.rows
         if not info.shape or not 0 <= first <= last <= info.shape[0]:
             raise CheckpointError(
-                f"tensor {escape(target)!r}: rows {first}:{last} are not in "
-                f"{escape(move.source)!r} of shape {list(info.shape)}."
+                f"tensor '{escape(target)}': rows {first}:{last} are not in "
+                f"'{escape(move.source)}' of shape {list(info.shape)}."
             )
         row_bits = prod(info.shape[1:]) * BITS[info.dtype]
         shape = (last - first, *info.shape[1:])
@@ -193,7 +193,7 @@ def _moved(source: Checkpoint, move: MoveLike) -> Piece:
     if move.shape is not None:
         if prod(move.shape) != prod(shape):
             raise CheckpointError(
-                f"tensor {escape(target)!r}: {list(shape)} of {escape(move.source)!r} cannot have "
+                f"tensor '{escape(target)}': {list(shape)} of '{escape(move.source)}' cannot have "
                 f"the shape {list(move.shape)}."
             )
         shape = tuple(move.shape)
@@ -205,7 +205,7 @@ def _replacement(old: Piece, new: NewTensor) -> Piece:
     piece = _given(old.target, *new)
     if piece.shape != old.shape:
         raise CheckpointError(
-            f"tensor {escape(old.target)!r} is replaced by shape {list(piece.shape)}; it has "
+            f"tensor '{escape(old.target)}' is replaced by shape {list(piece.shape)}; it has "
             f"{list(old.shape)}."
         )
     return piece
@@ -216,20 +216,20 @@ def _given(name: str, dtype: str, shape: Sequence[int], data: Data) -> Piece:
     code, sizes = dtype_code(dtype), tuple(int(n) for n in shape)
     piece = Piece(_new_name(name), code, sizes, data)
     if isinstance(data, np.ndarray) and np.dtype(NUMPY.get(code, "V1")) != data.dtype:
-        raise CheckpointError(f"tensor {escape(name)!r}: an array of {data.dtype} is no {code}.")
+        raise CheckpointError(f"tensor '{escape(name)}': an array of {data.dtype} is no {code}.")
     if callable(data):
         return piece
     size = data.nbytes if isinstance(data, (np.ndarray, memoryview, TensorInfo)) else len(data)
     if size != piece.nbytes:
         raise CheckpointError(
-            f"tensor {escape(name)!r}: {code} {list(sizes)} takes {piece.nbytes} bytes, got {size}."
+            f"tensor '{escape(name)}': {code} {list(sizes)} takes {piece.nbytes} bytes, got {size}."
         )
     return piece
 
 
 def _new_name(name: str) -> str:
     if not name or not name.isprintable() or name == "__metadata__":
-        raise CheckpointError(f"{escape(name)!r} is no tensor name.")
+        raise CheckpointError(f"'{escape(name)}' is no tensor name.")
     return name
 
 
@@ -241,12 +241,12 @@ def _check_names(
     for name in replaced:
         if name not in targets:
             raise CheckpointError(
-                f"tensor {escape(name)!r} is to be replaced, but the output has none of that name."
+                f"tensor '{escape(name)}' is to be replaced, but the output has none of that name."
                 f"{nearest(name, targets)}"
             )
     for name in new_tensors:
         if name in targets:
-            raise CheckpointError(f"new tensor {escape(name)!r} exists already.")
+            raise CheckpointError(f"new tensor '{escape(name)}' exists already.")
 
 
 def _constant(dtype: str, count: int, fill: float) -> Callable[[], bytes]:

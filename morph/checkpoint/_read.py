@@ -132,7 +132,7 @@ class Checkpoint:
         """Return where a tensor lies; raise CheckpointError with the nearest name."""
         if name not in self.tensors:
             hint = nearest(name, self.tensors)
-            raise CheckpointError(f"{escape(self.path)} has no tensor {escape(name)!r}.{hint}")
+            raise CheckpointError(f"{escape(self.path)} has no tensor '{escape(name)}'.{hint}")
         return self.tensors[name]
 
     def blocks(self, name: str, size: int = BLOCK) -> Iterator[bytes]:

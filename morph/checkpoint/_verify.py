@@ -60,9 +60,9 @@ def _entries(folder: Path) -> dict[str, Any]:
         parts = name.split("/")
         plain = name.isprintable() and "\\" not in name and ":" not in name
         if not plain or any(part in ("", ".", "..") for part in parts):
-            raise CheckpointError(f"{where}: {escape(name)!r} is no file inside this folder.")
+            raise CheckpointError(f"{where}: '{escape(name)}' is no file inside this folder.")
         if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
-            raise CheckpointError(f"{where}: {escape(name)!r} needs bytes and sha256.")
+            raise CheckpointError(f"{where}: '{escape(name)}' needs bytes and sha256.")
     return files
 
 

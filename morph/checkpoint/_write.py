@@ -181,7 +181,7 @@ def _texts(
     for name in extra:
         if check_basename(name, "extra_files") in taken or name.startswith("."):
             raise CheckpointError(
-                f"extra file {escape(name)!r} has a name that morph writes itself."
+                f"extra file '{escape(name)}' has a name that morph writes itself."
             )
     texts = dict(extra)
     texts["config.json"] = dump_json(clean_config(config, []))
@@ -266,7 +266,7 @@ def _buffer(piece: Piece) -> memoryview:
     view = memoryview(data).cast("B")
     if len(view) != piece.nbytes:
         raise CheckpointError(
-            f"tensor {escape(piece.target)!r} needs {piece.nbytes} bytes, got {len(view)}."
+            f"tensor '{escape(piece.target)}' needs {piece.nbytes} bytes, got {len(view)}."
         )
     return view
 
@@ -296,6 +296,6 @@ def _check_written(folder: Path, shards: tuple[Shard, ...]) -> None:
     if want != have:
         name = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))[0]
         raise VerificationFailed(
-            f"tensor {escape(name)!r} was written as {have.get(name)}, expected {want.get(name)}. "
+            f"tensor '{escape(name)}' was written as {have.get(name)}, expected {want.get(name)}. "
             "Nothing was written."
         )

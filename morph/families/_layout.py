@@ -43,9 +43,7 @@ def layout(plan: Plan) -> Layout | str:
                 return f"layer {i} slides with {odd[0]}={value}, which no stock layer can."
             if type(window) is not int or window < 1:
                 return f"layer {i} slides without saying over how many tokens."
-            if own not in (None, window):
-                return f"layer {i} has a window of {own} in the source and {window} in the plan."
-            more = more or own is None
+            window, more = min(window, own or window), more or own is None
         types.append(FULL if window is None else SLIDING)
         sinks.append(sink)
         if window is not None:

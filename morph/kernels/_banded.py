@@ -70,9 +70,9 @@ class _Banded(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        args = [None if none else next(saved) for none in ctx.none]
+        args: list[Any] = [None if none else next(saved) for none in ctx.none]
         q, k, v, sink_bias, k_sinks, v_sinks = args
         with torch.autocast(q.device.type, enabled=False):
             work = _Work(q, k, v, sink_bias, k_sinks, v_sinks, ctx.band)
@@ -116,7 +116,9 @@ class _Work:
     are [B G, S, K].
     """
 
-    def __init__(self, q: Any, k: Any, v: Any, sink_bias: Any, k_sinks: Any, v_sinks: Any, band: Band):
+    def __init__(
+        self, q: Any, k: Any, v: Any, sink_bias: Any, k_sinks: Any, v_sinks: Any, band: Band
+    ) -> None:
         self.band = band
         self.batch, self.tokens, heads = q.shape[:3]
         self.groups = k.shape[2]
@@ -213,7 +215,8 @@ class _Work:
             if band.window is not None:
                 hidden = band.past + step.stop - band.window - step.low  # by the last query
                 if hidden > 0:
-                    s[..., self.sinks : self.sinks + hidden] += _left_edge(count, hidden, s.dtype, s.device)
+                    own = slice(self.sinks, self.sinks + hidden)
+                    s[..., own] += _left_edge(count, hidden, s.dtype, s.device)
             return s.flatten(1, 2)
         seen = _seen(count, step.high - step.low, band.window, s.device)[None]
         if band.real is not None:
@@ -301,9 +304,7 @@ def _right_edge(queries: int, dtype: torch.dtype, device: torch.device) -> torch
 
 
 @lru_cache(maxsize=32)
-def _left_edge(
-    queries: int, hidden: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _left_edge(queries: int, hidden: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return -inf where a key has left the window, else 0: [queries, 1, hidden].
 
     `hidden` keys have left the window of the last query, one fewer that of the query before it.

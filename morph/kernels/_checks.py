@@ -1,4 +1,4 @@
-"""What every kernel checks once at its public entry, and how it says that a fast path is skipped."""
+"""What every kernel checks once at its public entry, and how it picks a path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ log = logging.getLogger("morph.kernels")
 
 
 def check_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor | None, past: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    padding: torch.Tensor | None,
+    past: int | None,
 ) -> None:
     """Raise ValueError, with the sizes, unless q, k, v and padding belong together.
 
@@ -88,3 +92,13 @@ def float_reason(q: torch.Tensor) -> str:
     if q.dtype in FLOATS:
         return ""
     return f"q is {q.dtype}; it takes {', '.join(str(d).removeprefix('torch.') for d in FLOATS)}."
+
+
+def some_padding(padding: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Return `padding` on `device`, or None where it is known to mark no token as padding.
+
+    Asking a GPU would stop it, so there any given padding counts.
+    """
+    if padding is None or (padding.device.type == "cpu" and bool(padding.all())):
+        return None
+    return padding.to(device)

@@ -53,7 +53,7 @@ def forward(
     with torch.autocast(q.device.type, enabled=False):
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         scale = size**-0.5 if scale is None else scale
-        real = None if padding is None else padding[:, -tokens:].to(q.device)
+        real = None if padding is None else _checks.some_padding(padding[:, -tokens:], q.device)
         state = initial_state
         if state is None:
             state = torch.zeros(batch, heads, size, v.shape[3], dtype=work, device=q.device)
@@ -116,8 +116,10 @@ def _step(
     batch, _, heads, size = q.shape
     groups, ratio, work = k.shape[2], heads // k.shape[2], state.dtype
     decay = g.to(work).exp().reshape(-1, groups, ratio, 1, 1)
-    new = k.to(work).reshape(batch, groups, 1, size, 1) * v.to(work).reshape(batch, groups, 1, 1, -1)
-    state = torch.addcmul(new, decay, state.unflatten(1, (groups, ratio))).flatten(1, 2)
+    k, v = k.to(work).reshape(batch, groups, 1, size, 1), v.to(work)
+    state = torch.addcmul(
+        k * v.reshape(batch, groups, 1, 1, -1), decay, state.unflatten(1, (groups, ratio))
+    ).flatten(1, 2)
     rows = (q.to(work) * scale).reshape(batch, heads, 1, size)
     return (rows @ state).transpose(1, 2), state
 

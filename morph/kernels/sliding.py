@@ -90,10 +90,11 @@ def forward(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if padding is not None:
-        padding = padding.to(q.device)
-    ask = _Ask(window_size, num_sinks, sink_bias, softcap, scale, padding, initial_state)
-    _check(q, k, v, ask)
+    seen = initial_state.seen if initial_state is not None else 0
+    _checks.check_qkv(q, k, v, padding, seen)
+    real = _checks.some_padding(padding, q.device)
+    ask = _Ask(window_size, num_sinks, sink_bias, softcap, scale, real, initial_state)
+    _check(k, v, ask, q.shape[2])
     taken = _checks.pick("sliding", path, {"banded": unsupported("banded", q, k, v)})
     new = _update(k, v, ask)
     o = _reference(q, k, v, ask) if taken == "reference" else _fast(q, k, v, ask, new)
@@ -265,10 +266,9 @@ def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ask: _Ask) -> None:
+def _check(k: torch.Tensor, v: torch.Tensor, ask: _Ask, heads: int) -> None:
     window, num_sinks, state = ask.window, ask.num_sinks, ask.state
-    _checks.check_qkv(q, k, v, ask.padding, ask.seen)
-    _checks.check_heads("sink_bias", ask.sink_bias, q.shape[2])
+    _checks.check_heads("sink_bias", ask.sink_bias, heads)
     if window is not None and window < 1:
         raise ValueError(f"window_size is {window}; it counts the query's own token, so >= 1.")
     if num_sinks < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,15 @@ import numpy as np
 from morph import strict
 from morph.checkpoint import Checkpoint
 from morph.families import _stock
-from morph.pipeline._data import Corpus, batches_of
+from morph.pipeline._data import Corpus
 from morph.pipeline._source import Say, Source, quiet
 from morph.plan import Plan
 from morph.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from morph.distill import Event, Log
 
 
 def student_of(teacher: nn.Module, plan: Plan, source: Source, given: Checkpoint) -> nn.Module:
@@ -79,12 +81,54 @@ def distill(
     work: Path,
     *,
     say: Say = quiet,
-    progress: Callable[[Mapping[str, Any]], None] | None = None,
-) -> Any:
-    """Run the recipe's stages on `student`; state and log live in the folder `work`."""
-    raise NotImplementedError
+    progress: Callable[[Event], None] | None = None,
+) -> Log:
+    """Run the recipe's stages on `student`; state and log live in the folder `work`.
+
+    Needle batches hide in the training text and use the task of the select section where that is
+    one, `multikey` otherwise. Marks the student with the names of what changed.
+    """
+    from morph import data
+    from morph import distill as training
+
+    task = recipe.select.task if recipe.select.task in data.NEEDLE_TASKS else "multikey"
+    wants = any(stage.needles for stage in recipe.distill)
+
+    def told(event: Event) -> None:
+        if event.kind == "note":
+            say(event.text)
+        elif progress is not None:
+            progress(event)
+
+    before = dict(student.named_parameters(remove_duplicate=False))
+    log = training.distill(
+        student,
+        teacher,
+        recipe.distill,
+        training.text_batches(corpus.train, seed=recipe.seed, bos=tokenizer.bos_token_id),
+        out=work,
+        seed=recipe.seed,
+        needles=training.needle_batches(task, tokenizer, corpus.train, seed=recipe.seed)
+        if wants
+        else None,
+        progress=told,
+    )
+    after = dict(student.named_parameters(remove_duplicate=False))
+    changed = {name for name, parameter in after.items() if parameter is not before[name]}
+    student.morph_trained = tuple(  # type: ignore[assignment]
+        sorted(changed | set(getattr(student, "morph_trained", ())))
+    )
+    student.eval()
+    return log
 
 
-def summary(log: Any, recipe: Recipe) -> dict[str, Any]:
-    """Return what the card and report say of a distillation."""
-    return {"stages": strict.plain(recipe.distill)}
+def summary(log: Log, recipe: Recipe) -> dict[str, Any]:
+    """Return what the card and report say of a distillation: stages, tokens, first and last loss."""
+    stages = []
+    for i, stage in enumerate(recipe.distill):
+        losses = log.losses(i)
+        entry = strict.plain(stage)
+        if losses:
+            entry |= {"first_loss": losses[0], "last_loss": losses[-1]}
+        stages.append(entry)
+    return {"stages": stages, "tokens": log.tokens, "notes": list(log.notes)}

@@ -134,6 +134,17 @@ def load(path_or_name: str | Path, sets: Iterable[str] = ()) -> Recipe:
     return from_data(data, where, lines | dict.fromkeys(set_keys, 0))
 
 
+def folder(path_or_name: str | Path) -> Path:
+    """Return the folder that a recipe's relative paths start from.
+
+    A file's own folder; for a shipped recipe the one that holds the package, which in a clone is
+    the repository with its examples.
+    """
+    if _is_file_name(str(path_or_name)):
+        return Path(path_or_name).resolve().parent
+    return registry.ROOT.parent
+
+
 def load_text(text: str, where: str = "recipe") -> Recipe:
     """Return the recipe that a YAML text describes; `where` names the text in messages.
 
@@ -213,7 +224,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def _read(path_or_name: str | Path) -> tuple[Any, str, dict[str, int]]:
     name = str(path_or_name)
-    where, shipped = escape(name), not name.endswith((".yaml", ".yml"))
+    where, shipped = escape(name), not _is_file_name(name)
     if shipped and ("/" in name or "\\" in name):
         there = ", ".join(registry.names("recipes")) or "none"
         raise RecipeError(f"{where}: a recipe file ends in .yaml. Shipped recipes: {there}.")
@@ -230,6 +241,10 @@ def _read(path_or_name: str | Path) -> tuple[Any, str, dict[str, int]]:
         raise RecipeError(f"{where}: byte {error.start} is not UTF-8.") from error
     data, lines = _yaml.read(text, where)
     return data, where, lines
+
+
+def _is_file_name(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _budget_as_text(data: Any) -> Any:
@@ -390,3 +405,15 @@ def _stage(stages: list[Any], step: str, key: str) -> int:
         f"--set {escape(key)}: {escape(step)!r} {why}.{nearest(step, losses)} "
         f"There are: {names or 'none'}."
     )
+
+
+def folder(path_or_name: str | Path) -> Path:
+    """Return the folder that a recipe's relative paths start from.
+
+    That is where its file lies. A shipped recipe names files of the project's examples, so its
+    folder is the one that holds the package.
+    """
+    name = str(path_or_name)
+    if name.endswith((".yaml", ".yml")):
+        return Path(name).resolve().parent
+    return registry.ROOT.parent

@@ -193,7 +193,7 @@ def _beside(value: float | None, source: float | None, style: str) -> str:
         return "-"
     if source is None or value is source:
         return f"{value:{style}}"
-    return f"{value:{style}} ×{value / source:.3g}"
+    return f"{value:{style}} ×{value / source:.2f}"
 
 
 def _bytes(entry: Any, source: Any) -> str:
@@ -234,7 +234,7 @@ def _done_blocks(facts: Record, scores: Scores | None, plan: Plan | None) -> lis
             + "."
         )
         blocks.append(Paragraph(text=text + share))
-        rows += [("pattern", plan.pattern), ("full layers", _listed(plan.full_layers))]
+        rows += [("pattern", plan.pattern), ("layers as in source", _listed(plan.full_layers))]
     if facts.get("model"):
         rows.insert(0, ("source", str(facts["model"])))
     if scores:
@@ -257,7 +257,7 @@ def _cache_share(plan: Plan, whole: Plan) -> str:
     if any(g.mixer != "full" and g.cache is None for x in plan.layers for g in x.groups):
         return ""
     share = plan.cache_bytes(32 * 1024) / whole.cache_bytes(32 * 1024)
-    return f" At 32K tokens its cache is {share:.0%} of the source's."
+    return f" At 32K tokens the cache is {share:.0%} of the source's."
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -79,7 +79,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-td + td, th + th { white-space: nowrap; }
+td, th { white-space: nowrap; }
 table.facts td + td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--ink); }
 tr.sub td { color: color-mix(in srgb, var(--ink) 70%, var(--page)); border-bottom-style: dotted; }
@@ -159,7 +159,8 @@ def _markdown(block: Block) -> str:
         case Bullets():
             return "\n".join(f"- {_mark(x)}" for x in block.items)
         case Grid():
-            rows = [block.head, ["---", *["---:"] * (len(block.head) - 1)], *block.rows]
+            right = "---:" if len(block.head) > 2 else "---"
+            rows = [block.head, ["---", *[right] * (len(block.head) - 1)], *block.rows]
             lines = [[c if n == 1 else _mark(c) for c in row] for n, row in enumerate(rows)]
             return "\n".join("| " + " | ".join(line) + " |" for line in lines)
         case Code():

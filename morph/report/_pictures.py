@@ -209,7 +209,7 @@ def depth_picture(evaluation: Evaluation) -> bytes:
                 rows = [r for r in model.recall if (r.task, r.length) == (task, length)]
                 _depth_line(axes, n, model, [r for r in rows if r.depth is not None])
             note = ", source cannot" if (task, length) in unable else ""
-            axes.set(title=f"{_short(task)}, {tokens(length)} tokens{note}", ylim=(-0.03, 1.03))
+            axes.set(title=f"{_short(task, 14)}, {tokens(length)} tokens{note}", ylim=(-0.03, 1.03))
             axes.set_xlabel("depth of the answer in the text, %")
             axes.grid(axis="y")
         for axes in panels[:, 0]:

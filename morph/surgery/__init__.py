@@ -1,5 +1,6 @@
 """Put a plan into a live model and take it out again; the model that selectors probe."""
 
+from morph.families._lookup import family_of
 from morph.surgery._graft import (
     Graft,
     attention_of,
@@ -38,6 +39,7 @@ __all__ = [
     "attention_of",
     "base_of",
     "context",
+    "family_of",
     "geometry_of",
     "graft",
     "group_cost",

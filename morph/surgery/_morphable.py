@@ -361,8 +361,8 @@ def morphable(
             first = next(source.parameters())
             for hybrid in hybrids:
                 hybrid.mixers.to(first.device)
-                for mixer in hybrid.mixers:
-                    mixer.inherit(source)
+                for part in hybrid.mixers:
+                    part.inherit(source)
                 hybrid.eval()
             found.switches[i] = Switch(source, hybrids[0], hybrids[1])
             setattr(layers[i], family.attention, found.switches[i])

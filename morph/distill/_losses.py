@@ -188,10 +188,11 @@ def _kl_chunk(
     if d.amax() > 80:  # exp would overflow: here rounding is not what hurts
         return _kl_chunk_plain(room, hidden, teacher_hidden, head, temperature)
     torch.expm1(d, out=e)
-    # expm1(d) - d >= 0, and sum(p d) = 0 only up to rounding: this sum has no cancellation.
+    # sum(p d) = 0 only up to rounding; where r is small, the sum of expm1(d) - d >= 0 is better.
     second_order = torch.sub(e, d, out=d).mul_(p).sum(-1, keepdim=True).double()
     r = e.mul_(p).sum(-1, keepdim=True)
-    loss = (second_order + torch.log1p(r.double()) - r.double()).sum()
+    log, wide = torch.log1p(r.double()), r.double()
+    loss = torch.where(wide > 0.1, log, second_order + (log - wide)).sum()
     return loss, e.addcmul_(p, r, value=-1).div_(1 + r)
 
 

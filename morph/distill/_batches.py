@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from morph._stages import is_needle_step, steps_of
 from morph.data import TextBatches, needle_examples
+from morph.distill._stages import is_needle_step, steps_of
 from morph.errors import DataError
 from morph.recipes.schema import Stage
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from morph._batches import IGNORED
-from morph._losses import Head, check_head, head_cross_entropy, head_kl, relative_mse
-from morph._training import Trainee
+from morph.distill._batches import IGNORED
+from morph.distill._losses import Head, check_head, head_cross_entropy, head_kl, relative_mse
+from morph.distill._trainee import Trainee
 from morph.errors import DataError, MismatchError, TrainingError
 from morph.recipes.schema import Stage
 
@@ -71,9 +71,7 @@ def end_to_end(
     else:
         with torch.no_grad(), accelerator.autocast():
             target = trainee.teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        loss = head_kl(
-            hidden[rows], target[rows], head, temperature=stage.temperature, **chunk
-        )
+        loss = head_kl(hidden[rows], target[rows], head, temperature=stage.temperature, **chunk)
     value = _sum(accelerator, loss.detach()).item()
     if not math.isfinite(value):
         raise TrainingError(f"the loss is {value}: {_first_bad(trainee, ids)}")

@@ -1,19 +1,4 @@
-"""The training loop: batches, teacher, student, loss, backward, step, log, save.
-
-Stages are data (`recipes.schema.Stage`): what trains, which loss, how many tokens. `align` lets
-every converted layer regress its layer's attention output on the teacher's input; `logits` is the
-KL divergence to the teacher's distribution; `long` is cross-entropy. The output head never trains
-(nor an embedding tied to it), which is what keeps logits out of memory; see `_losses`. Dropout is
-off: the teacher is a function to be matched. Teacher and student share every tensor that does not
-train, and the teacher is bit-identical afterwards.
-
-A run resumes from `out/states`: weights, optimizer and random state as safetensors and JSON, and
-batches are pure functions of the step, so on one device the resumed run equals the uninterrupted
-one bit for bit. `out/log.jsonl` holds the numbers, `out/seconds.jsonl` the times.
-
-Reference: RADLADS (arXiv 2505.03005) and HALO for the order of the stages; AdamW with
-betas (0.9, 0.95), linear warm-up and cosine decay.
-"""
+"""The loop: batches, teacher, student, loss, backward, step, log, save."""
 
 from __future__ import annotations
 
@@ -30,17 +15,11 @@ import torch
 from torch import nn
 
 from morph import strict
-from morph._batches import (
-    Batches,
-    Source,
-    StageBatches,
-    needle_batches,
-    text_batches,
-)
-from morph._objectives import align, end_to_end, shared_head
-from morph._runstate import RunStates, keep_lines, storage
-from morph._stages import check, estimate, learning_rate_factor, steps_of
-from morph._training import (
+from morph.distill._batches import Source, StageBatches
+from morph.distill._objectives import align, end_to_end, shared_head
+from morph.distill._stages import check, estimate, learning_rate_factor, steps_of
+from morph.distill._states import RunStates, keep_lines, storage
+from morph.distill._trainee import (
     Trainee,
     model_digest,
     quiet,
@@ -59,19 +38,6 @@ from morph.errors import (
 )
 from morph.mixers._hybrid import HybridAttention
 from morph.recipes.schema import Stage
-
-__all__ = [
-    "Batches",
-    "Event",
-    "Log",
-    "Source",
-    "check",
-    "distill",
-    "estimate",
-    "needle_batches",
-    "steps_of",
-    "text_batches",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +184,11 @@ class _Run:
         at, stage = self.position, self.stages[self.position.stage]
         names = self.trainee.names(stage) if self.trainee.layers else []
         if not names:
-            self.note(
-                f"stage {at.stage} ({stage.loss}) is skipped: "
-                + (f"`train: {stage.train}` names no parameter of this student, whose mixers have "
-                   "none of their own." if self.trainee.layers else "no layer is converted.")
-            )
+            why = "no layer is converted."
+            if self.trainee.layers:
+                why = f"`train: {stage.train}` names nothing; these mixers have no parameters."
+            self.note(f"stage {at.stage} ({stage.loss}) is skipped: {why}")
+            self.total -= estimate([stage])[0]
             at.stage, at.step = at.stage + 1, 0
             return
         self.trainee.begin(stage, names, self.accelerator)
@@ -231,8 +197,8 @@ class _Run:
         head = None
         if stage.loss != "align":
             head = shared_head(self.student, self.teacher, self._batch(at.stage, 0)[0])
-        steps, begun, first = steps_of(stage), time.perf_counter(), at.tokens
-        index, clock = at.stage, begun
+        index, clock, first = at.stage, time.perf_counter(), at.tokens
+        begun, steps = clock, steps_of(stage)
         for step in range(at.step, steps):
             ids, labels = self._batch(index, step)
             try:
@@ -246,46 +212,39 @@ class _Run:
             except TrainingError as error:
                 raise TrainingError(f"{self._here()}: {error}; {self._advice()}") from None
             factor = learning_rate_factor(stage, step)
-            with uninterrupted():
+            with uninterrupted():  # weights, position and log move together or not at all
                 self.trainee.step(factor)
-                self.random = random_state(self.device)
-                at.tokens += stage.batch_size * stage.seq_len
-                at.ordinal, at.step = at.ordinal + 1, step + 1
-                if at.step == steps:
-                    at.stage, at.step = at.stage + 1, 0
+                self._advance(stage, step + 1 == steps)
+                record = {"stage": index, "name": stage.loss, "step": step, "loss": loss}
+                record |= {"lr": stage.lr * factor, "grad_norm": norm, "tokens": at.tokens}
                 now = time.perf_counter()
-                self._write(
-                    {
-                        "stage": index,
-                        "name": stage.loss,
-                        "step": step,
-                        "loss": loss,
-                        "lr": stage.lr * factor,
-                        "grad_norm": norm,
-                        "tokens": at.tokens,
-                        **extra,
-                    },
-                    now - clock,
-                )
+                self._write({**record, **extra}, now - clock)
             self.log.seconds, clock = self.log.seconds + now - clock, now
             if (step + 1) % stage.save_every == 0 or step + 1 == steps:
                 self.save()
-            rate = (at.tokens - first) / max(now - begun, 1e-9)
-            self._tell(
-                Event(
-                    kind="step",
-                    stage=index,
-                    name=stage.loss,
-                    step=step + 1,
-                    steps=steps,
-                    loss=loss,
-                    lr=stage.lr * factor,
-                    tokens=at.tokens,
-                    total_tokens=self.total,
-                    tokens_per_second=rate,
-                    eta_seconds=(self.total - at.tokens) / rate,
-                )
+            self._report(record, steps, (at.tokens - first) / max(now - begun, 1e-9))
+
+    def _advance(self, stage: Stage, is_last: bool) -> None:
+        at = self.position
+        at.tokens += stage.batch_size * stage.seq_len
+        at.ordinal, at.step = at.ordinal + 1, at.step + 1
+        if is_last:
+            at.stage, at.step = at.stage + 1, 0
+        self.random = random_state(self.device)
+
+    def _report(self, record: Mapping[str, Any], steps: int, rate: float) -> None:
+        told = {k: record[k] for k in ("stage", "name", "loss", "lr", "tokens")}
+        self._tell(
+            Event(
+                kind="step",
+                step=record["step"] + 1,
+                steps=steps,
+                total_tokens=self.total,
+                tokens_per_second=rate,
+                eta_seconds=(self.total - record["tokens"]) / rate,
+                **told,
             )
+        )
 
     def _batch(self, index: int, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return this process's rows of ids and labels (None: plain text) on its device."""
