@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -61,14 +60,22 @@ def peak_bytes(script: str, *args: str) -> int:
 
 
 def say_peak(prepare: Callable[[], Run]) -> None:
-    """Print by how many bytes the peak resident size of this process grows over `prepare()`.
+    """Print how many bytes `prepare()()` needs at its peak, beyond what was resident before it.
 
     Meant for a child process of its own: a peak never falls.
     """
     run = prepare()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory("VmRSS")
     run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(_memory("VmHWM") - before)
+
+
+def _memory(field: str) -> int:
+    """Return a size from /proc: unlike getrusage's, it does not start at the parent's peak."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def report(lines: list[str], result: dict[str, Any], path: str | None) -> None:

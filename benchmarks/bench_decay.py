@@ -66,41 +66,45 @@ def errors() -> dict[str, float]:
     return found
 
 
+def measure(tokens: int, rounds: int, recurrence: bool) -> dict[str, float]:
+    q, k, v, do = tensors(tokens)
+    g, sides = slopes(), {"full": full, "chunked": chunked}
+    once = {"recurrent": recurrent} if recurrence else {}
+    with torch.no_grad():
+        runs = {n: lambda f=f: f(q, k, v, g) for n, f in (sides | once).items()}
+        forward = _bench.in_turns(runs, rounds)
+    runs = {n: lambda f=f: learn(f, q, k, v, do) for n, f in sides.items()}
+    training = _bench.in_turns(runs, max(1, rounds // 2))
+    return {
+        **{f"forward_{n}_s": s for n, s in forward.items()},
+        **{f"training_{n}_s": s for n, s in training.items()},
+        **{f"forward_vs_{n}": forward[n] / forward["chunked"] for n in forward if n != "chunked"},
+        "training_vs_full": training["full"] / training["chunked"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="PATH", help="write the result there")
     args = parser.parse_args()
     _bench.one_thread()
-    found = errors()
+    wrong = errors()
     lines = [
         f"{HEADS} heads of {SIZE}, float32, one thread; error ratio of o to the float64 recurrence:"
-        f" chunked {found['chunked_o']:.1e}, recurrent float32 {found['recurrent_o']:.1e}"
+        f" chunked {wrong['chunked_o']:.1e}, recurrent float32 {wrong['recurrent_o']:.1e}"
     ]
-    result: dict[str, object] = {"error_ratios": found}
-    g = slopes()
+    result: dict[str, object] = {"error_ratios": wrong}
     for tokens in LENGTHS:
-        q, k, v, do = tensors(tokens)
-        sides = {"full": full, "chunked": chunked}
-        once = {"recurrent": recurrent} if tokens == LENGTHS[0] else {}
-        with torch.no_grad():
-            runs = {n: lambda f=f: f(q, k, v, g) for n, f in (sides | once).items()}
-            forward = _bench.in_turns(runs, args.rounds)
-        runs = {n: lambda f=f: learn(f, q, k, v, do) for n, f in sides.items()}
-        training = _bench.in_turns(runs, max(1, args.rounds // 2))
-        result[f"T{tokens}"] = {
-            **{f"forward_{n}_s": s for n, s in forward.items()},
-            **{f"training_{n}_s": s for n, s in training.items()},
-            "forward_vs_full": forward["full"] / forward["chunked"],
-            "training_vs_full": training["full"] / training["chunked"],
-        }
+        found = measure(tokens, args.rounds, tokens == LENGTHS[0])
+        result[f"T{tokens}"] = found
         line = (
-            f"T={tokens}: forward {forward['chunked'] * 1e3:.0f} ms, "
-            f"{forward['full'] / forward['chunked']:.1f}x full; forward and backward "
-            f"{training['chunked'] * 1e3:.0f} ms, {training['full'] / training['chunked']:.1f}x full"
+            f"T={tokens}: forward {found['forward_chunked_s'] * 1e3:.0f} ms, "
+            f"{found['forward_vs_full']:.1f}x full; forward and backward "
+            f"{found['training_chunked_s'] * 1e3:.0f} ms, {found['training_vs_full']:.1f}x full"
         )
-        if once:
-            line += f"; {forward['recurrent'] / forward['chunked']:.0f}x the recurrence"
+        if "forward_vs_recurrent" in found:
+            line += f"; {found['forward_vs_recurrent']:.0f}x the recurrence"
         lines.append(line)
     _bench.report(lines, result, args.json)
 

@@ -126,6 +126,19 @@ def test_forward_and_gradients_match_the_float64_reference(
 
 
 @each_example
+def test_calls_too_large_for_one_step_match_the_reference(name: str, example: str) -> None:
+    """So many heads and tokens that a kernel splits them to stay in the cache of a CPU."""
+    kernel = Kernel(name, example)
+    inputs = kernel.inputs(300, B=3, H=8, G=4, K=32, V=16)
+    expected, _ = kernel.module.reference(**inputs)
+    assert_close("o", expected, kernel.module.forward(**cast(inputs, torch.float32))[0])
+    do = torch.randn(expected.shape, dtype=torch.float64)
+    expected_grads = gradients(kernel.module.reference, inputs, do, torch.float64)
+    for leaf, grad in gradients(kernel.module.forward, inputs, do, torch.float32).items():
+        assert_close(f"d{leaf}", expected_grads[leaf], grad)
+
+
+@each_example
 @pytest.mark.parametrize("T", (9, 70))
 def test_padding_is_finite_and_matches_the_reference(name: str, example: str, T: int) -> None:
     kernel = Kernel(name, example)

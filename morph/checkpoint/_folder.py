@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from morph import registry
 from morph.checkpoint._format import (
     MAX_JSON,
     Header,
@@ -32,8 +33,11 @@ HOSTILE = re.compile(
     r"auto_map|trust_remote_code|custom_pipelines?|custom_generate|model_file|transformers_weights"
     r"|_?(attn|experts)_implementation.*|hub_kernels?|kernel_config"
 )
-# the leading parts under which decoders keep their layers
-LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.|decoder\.)*(?:layers|h)\.(\d+)\.")
+# the layers of the decoder, not those of a tower beside it
+LAYER = re.compile(
+    r"(?!(?:[a-z_]+\.)*[a-z_]*(?:vision|visual|audio|encoder|mtp))"
+    r"(?:[a-z_]+\.){0,4}(?:layers|h|blocks)\.(\d+)\."
+)
 _QUANT_DTYPES = ("I8", "U8", "I32", "U32", "I16", "U16", "F4")
 _QUANT_NAMES = re.compile(
     r".*\.(qweight|qzeros|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|quant_map"
@@ -100,7 +104,15 @@ def disagreements(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     types = text.get("layer_types")
     if isinstance(types, list) and len(types) != layers:
         found.append(f"config.json: layer_types has {len(types)} entries for {layers} layers.")
-    return found + _row_disagreements(text, heads, groups, sizes["hidden_size"], tensors)
+    if known_family(str(config.get("model_type"))) is not None:
+        found += _row_disagreements(text, heads, groups, sizes["hidden_size"], tensors)
+    return found
+
+
+def known_family(model_type: str) -> str | None:
+    """Return the stem of the family file that serves a model type or its morph hybrid."""
+    stem = model_type.removeprefix("morph_").replace("-", "_")
+    return stem if stem in registry.names("families") else None
 
 
 def _row_disagreements(
@@ -110,23 +122,21 @@ def _row_disagreements(
     hidden: int,
     tensors: Mapping[str, TensorInfo],
 ) -> list[str]:
-    """Compare q, k and v rows with the head sizes; a gated q projection has twice the rows."""
+    """Compare q, k and v rows with the head sizes; other architectures may mean other things."""
     head_dim = text.get("head_dim") or hidden // heads
-    if type(head_dim) is not int or "kv_lora_rank" in text or "global_head_dim" in text:
-        return []  # latent attention, and heads whose size depends on the layer
-    gated = text.get("attn_output_gate") or "qwen3_next" in str(text.get("model_type"))
+    if type(head_dim) is not int:
+        return [f"config.json: head_dim is {escape(head_dim, 40)}, not a size."]
     expect = {"q": heads * head_dim, "k": groups * head_dim, "v": groups * head_dim}
     for name, info in tensors.items():
         match = re.search(r"\.self_attn\.([qkv])_proj\.weight$", name)
         if not match or len(info.shape) != 2 or not LAYER.match(name):
             continue
         rows, want = info.shape[0], expect[match[1]]
-        if rows == want or (gated and match[1] == "q" and rows == 2 * want):
-            continue
-        return [
-            f"{escape(name)} has {rows} rows; config.json says {want} "
-            f"({want // head_dim} heads of head_dim {head_dim})."
-        ]
+        if rows != want:
+            return [
+                f"{escape(name)} has {rows} rows; config.json says {want} "
+                f"({want // head_dim} heads of head_dim {head_dim})."
+            ]
     return []
 
 

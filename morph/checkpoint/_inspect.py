@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from morph import registry, strict
-from morph.checkpoint._folder import LAYER, disagreements, text_config
+from morph.checkpoint._folder import LAYER, disagreements, known_family, text_config
 from morph.checkpoint._read import Checkpoint
 from morph.errors import MorphError, PlanError
 from morph.plan import Geometry, Plan, full_plan
@@ -33,7 +33,7 @@ def inspect(path: str | os.PathLike[str], *, health: bool = False) -> dict[str, 
     source = Checkpoint.open(path, strict=False)
     text = text_config(source.config)
     model_type = str(source.config["model_type"])
-    family = _family(model_type)
+    family = known_family(model_type)
     problems = disagreements(source.config, source.tensors)
     found: dict[str, Any] = {
         "path": str(source.path),
@@ -67,11 +67,6 @@ def inspect(path: str | os.PathLike[str], *, health: bool = False) -> dict[str, 
     if health:
         found |= {"nonfinite": source.nonfinite(), "tie_conflict": source.tie_conflict()}
     return found
-
-
-def _family(model_type: str) -> str | None:
-    stem = model_type.removeprefix("morph_").replace("-", "_")
-    return stem if stem in registry.names("families") else None
 
 
 def _roles(source: Checkpoint) -> list[dict[str, int]]:

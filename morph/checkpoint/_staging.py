@@ -126,8 +126,8 @@ class Staging:
             verify(self.path)
             self._check_untouched(expected)
         with storage_errors(self.out):
-            for folder in sorted({(self.path / n).parent for n in digests} | {self.path}):
-                self._sync_folder(folder)
+            for folder in sorted({p for n in digests for p in Path(n).parents}, reverse=True):
+                self._sync_folder(self.path / folder)
             self._rename()
         return digests
 

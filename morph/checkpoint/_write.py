@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from morph import strict
-from morph.checkpoint._folder import INDEX, MANIFEST, clean_config
+from morph.checkpoint._folder import INDEX, MANIFEST, clean_config, disagreements
 from morph.checkpoint._format import (
     MIB,
     TensorInfo,
@@ -298,4 +298,9 @@ def _check_written(folder: Path, shards: tuple[Shard, ...]) -> None:
         raise VerificationFailed(
             f"tensor '{escape(name)}' was written as {have.get(name)}, expected {want.get(name)}. "
             "Nothing was written."
+        )
+    problems = disagreements(found.config, found.tensors)
+    if problems:
+        raise VerificationFailed(
+            f"config and tensors do not fit: {' '.join(problems)} Nothing was written."
         )

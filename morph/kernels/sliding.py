@@ -164,12 +164,14 @@ def _fast(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ask: _Ask, new: SlidingState
 ) -> torch.Tensor:
     seen, total, window, state = ask.seen, ask.seen + q.shape[1], ask.window, ask.state
-    plain = ask.padding is None and ask.softcap is None and ask.sink_bias is None
-    if plain and q.shape[1] == 1:
-        return _decode(q, new, ask.scale)
+    held = new.k.shape[1]
+    plain = ask.softcap is None and ask.sink_bias is None
+    if plain and q.shape[1] == 1 and (ask.padding is None or not ask.num_sinks or held == total):
+        real = None if ask.padding is None else ask.padding[:, total - held :]
+        return _decode(q, new, ask.scale, _checks.some_padding(real, q.device))
     if window is not None and window >= total:
         window = None
-    if plain and window is None and not seen and q.shape[3] == v.shape[3]:
+    if plain and ask.padding is None and window is None and not seen and q.shape[3] == v.shape[3]:
         return _causal(q, k, v, ask.scale)
     held = 0
     if state is not None:
@@ -194,15 +196,24 @@ def _fast(
     return banded(q, k, v, band, ask.sink_bias, k_sinks, v_sinks)
 
 
-def _decode(q: torch.Tensor, new: SlidingState, scale: float) -> torch.Tensor:
-    """One new token sees exactly what the new state holds; query heads of a KV head share a row."""
+def _decode(
+    q: torch.Tensor, new: SlidingState, scale: float, real: torch.Tensor | None
+) -> torch.Tensor:
+    """One new token sees exactly what the new state holds; query heads of a KV head share a row.
+
+    real [B, N] marks the entries that are no padding; None: all.
+    """
     batch, _, heads, size = q.shape
-    groups = new.k.shape[2]
+    groups, mask = new.k.shape[2], None
+    if real is not None:
+        own = torch.arange(real.shape[1], device=real.device) == real.shape[1] - 1
+        mask = (real | own)[:, None, None]  # a row of padding sees itself, and is zeroed below
     rows = q.reshape(batch, groups, heads // groups, size)
     o = F.scaled_dot_product_attention(
-        rows, new.k.transpose(1, 2), new.v.transpose(1, 2), scale=scale
+        rows, new.k.transpose(1, 2), new.v.transpose(1, 2), attn_mask=mask, scale=scale
     )
-    return o.reshape(batch, 1, heads, -1)
+    o = o.reshape(batch, 1, heads, -1)
+    return o if real is None else o.masked_fill(~real[:, -1, None, None, None], 0.0)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
