@@ -18,7 +18,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,12 +61,21 @@ class Stage:
     num_keys: tuple[int, int]  # needles in one sequence, from and to
     repeat: float = 0.0  # part of the rows that repeat random segments
     text: float = 0.0  # part of the rows that are plain text
-    local: float = 0.0  # chance that a step of plain text runs with the window in every layer
+    local: float = 0.0  # part of the steps that are plain text, the window in every layer
 
 
-STAGES = (
-    Stage(steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0),
-    Stage(steps=200, rows=16, length=128, num_words=16, num_keys=(2, 4), repeat=0.25),
+# Each phase has its own rise and fall of the learning rate: recall forms on short sequences,
+# then it is carried to long ones.
+PHASES = (
+    (
+        Stage(steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0),
+        Stage(steps=200, rows=16, length=128, num_words=16, num_keys=(2, 4), repeat=0.25),
+    ),
+    (
+        Stage(steps=150, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
+        Stage(steps=200, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2),
+        Stage(steps=600, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.25),
+    ),
 )
 
 
@@ -259,7 +268,7 @@ class Rows:
         statements = [needle.statement for needle in needles]
         room = stage.length - 1 - len(self.intro) - len(tail) - sum(map(len, statements))
         if room < 0:
-            smaller = Stage(**{**vars(stage), "num_keys": (1, max(1, len(needles) - 1))})
+            smaller = replace(stage, num_keys=(1, max(1, len(needles) - 1)))
             return self.needles(smaller, rng)
         haystack = self.cut(room, rng) if room else []
         offsets = [rng.randint(0, room) for _ in statements]
@@ -301,9 +310,19 @@ def losses(model, ids: torch.Tensor, kinds: torch.Tensor, text_part: float):
     return means
 
 
-def learning_rate(step: int, total: int) -> float:
-    """Factor on the peak: 20 steps up, then constant, over the last third down to a twentieth."""
-    return min(1.0, (step + 1) / 20, 0.05 + 0.95 * (total - step) / (total / 3))
+def schedule() -> list[tuple[Stage, float]]:
+    """Stage and learning-rate factor of every step.
+
+    Within a phase: 20 steps up, then constant, over the last third down to a twentieth.
+    """
+    plan = []
+    for phase in PHASES:
+        stages = [stage for stage in phase for _ in range(stage.steps)]
+        total = len(stages)
+        for step, stage in enumerate(stages):
+            fall = 0.05 + 0.95 * (total - step) / (total / 3)
+            plan.append((stage, min(1.0, (step + 1) / 20, fall)))
+    return plan
 
 
 def train(args, tokenizer, train_ids, haystack) -> None:
@@ -313,15 +332,20 @@ def train(args, tokenizer, train_ids, haystack) -> None:
     opts = optimizers(model, MUON_LR, ADAM_LR)
     step, log, seconds = resume(state, model, opts)
     rows = Rows(tokenizer, train_ids, args.seed)
-    plan = [stage for stage in STAGES for _ in range(stage.steps)]
+    plan = schedule()
     total = min(args.steps or len(plan), len(plan))
     began, recent = time.time() - seconds, []
     while step < total and time.time() - began < 60 * args.minutes:
         torch.manual_seed(args.seed + step)
-        factor = learning_rate(step, len(plan))
+        stage, factor = plan[step]
         for optimizer, peak in zip(opts, (MUON_LR, ADAM_LR)):
             optimizer.param_groups[0]["lr"] = peak * factor
-        means = losses(model, *rows.batch(plan[step], step), args.text_part)
+        local = random.Random(f"{args.seed}/local/{step}").random() < stage.local
+        if local:
+            stage = replace(stage, text=1.0, repeat=0.0)
+            windows.update(dict.fromkeys(range(8), WINDOW))
+        means = losses(model, *rows.batch(stage, step), args.text_part)
+        windows.clear()
         sum(loss for loss, _ in means.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in opts:
@@ -330,11 +354,11 @@ def train(args, tokenizer, train_ids, haystack) -> None:
         recent.append({KINDS[kind]: (loss.item(), right) for kind, (loss, right) in means.items()})
         step += 1
         if step % LOG_EVERY == 0:
-            log.append(summary(step, plan[step - 1], recent, time.time() - began))
+            log.append(summary(step, stage, recent, time.time() - began))
             print(json.dumps(log[-1]), flush=True)
             recent = []
         if step % EVALUATE_EVERY == 0 or step == total:
-            log[-1].update(quick_evaluation(model, tokenizer, haystack, plan[step - 1].length))
+            log[-1].update(quick_evaluation(model, tokenizer, haystack, stage.length))
             print(json.dumps(log[-1]), flush=True)
             save_state(state, model, opts, step, log, time.time() - began)
     save_checkpoint(args.out, model, tokenizer, log)

@@ -11,7 +11,14 @@ import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 
 class State:
@@ -145,14 +152,19 @@ def adopt(cache: Cache, swapped: tuple[int, ...], num_layers: int) -> None:
     """Give a fresh transformers cache the layers that converted layers need, in place.
 
     `generate()` builds its cache from the config and knows nothing of mixers; an empty cache is
-    corrected here on the first forward. Layers that are not in `swapped` stay as they are.
+    corrected here on the first forward. Static layers become dynamic ones: transformers takes a
+    cache that is static in part only for a dynamic one, and would read slots not yet written.
     """
     while len(cache.layers) < num_layers:
         cache.layers.append(DynamicLayer())
     cache.layer_class_to_replicate = None
-    for i in swapped:
-        if not isinstance(cache.layers[i], MixerCacheLayer):
+    for i, layer in enumerate(cache.layers):
+        if i in swapped:
             cache.layers[i] = MixerCacheLayer()
+        elif isinstance(layer, StaticSlidingWindowLayer):
+            cache.layers[i] = DynamicSlidingWindowLayer(sliding_window=layer.max_cache_len)
+        elif isinstance(layer, StaticLayer):
+            cache.layers[i] = DynamicLayer()
 
 
 def held_bytes(cache: Cache) -> int:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 if __name__ == "__main__" or not __package__:
     sys.exit("run `morph` or `python -m morph`: by path, morph/ would hide the standard library.")
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from morph import terminal
-from morph.errors import Interrupted, MorphError, StorageError, UsageError, escape
+from morph.errors import Interrupted, MorphError, StorageError, UsageError
 
 app = typer.Typer(
     name="morph",
     help="Turn a pretrained Hugging Face decoder into a hybrid-attention model.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -70,7 +70,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option(help="Show tracebacks of user errors too.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of user errors too.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -91,6 +93,8 @@ def list_(
     kinds = [registry.check_kind(kind)] if kind else list(registry.KINDS)
     found = {k: {n: registry.summary(k, n) for n in registry.names(k)} for k in kinds}
     terminal.emit(found, as_json, terminal.parts)
+    first = next((f"{k}/{n}" for k in reversed(kinds) for n in registry.names(k)), None)
+    terminal.next_command(["show", first] if first else ["list"])
 
 
 @app.command()
@@ -102,6 +106,7 @@ def show(name: Annotated[str, typer.Argument(help="A part, or kind/part.")]) -> 
         terminal.part(
             kind, part, registry.docstring(kind, part), registry.options(kind, part)
         )
+    terminal.next_command(["check", part] if kind == "recipes" else ["list", kind])
 
 
 @app.command()
@@ -110,6 +115,7 @@ def env(as_json: Json = False) -> None:
     from morph import pipeline
 
     terminal.emit(pipeline.environment(), as_json, terminal.pairs)
+    terminal.next_command(["list"])
 
 
 @app.command()
@@ -120,9 +126,11 @@ def inspect(
 ) -> None:
     """Show layers, mixers, heads, dtypes, ties, bytes and health of a checkpoint."""
     from morph import checkpoint
+    from morph.pipeline import _next
 
     found = checkpoint.inspect(checkpoint.resolve(model), health=health)
     terminal.emit(found, as_json, terminal.inspection)
+    terminal.next_command(_next.after_inspect(model, found))
 
 
 @app.command()
@@ -132,6 +140,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a recipe strictly, without loading weights."""
+    from morph.pipeline import _next
     from morph.recipes import schema
 
     found = schema.load(recipe, sets or [])
@@ -141,7 +150,8 @@ def check(
         terminal.emit(strict.plain(found), True, terminal.pairs)
     else:
         typer.echo(schema.dumps(found), nl=False)
-        terminal.say(f"{escape(recipe)}: valid. Next: morph run {escape(recipe)}")
+    terminal.say(f"{recipe}: valid")
+    terminal.next_command(["run", recipe, *_next.flags(set=sets)])
 
 
 def _recipe(
@@ -165,7 +175,16 @@ def _recipe(
     if mixer:
         raw["mixer"]["name"] = mixer
     raw["select"] = {k: v for k, v in select.items() if v is not None}
+    _said_once(raw, sets or [])
     return schema.from_data(schema.apply_sets(raw, sets or []), "command line")
+
+
+def _said_once(raw: dict[str, Any], sets: list[str]) -> None:
+    """Refuse a `--set` of what a flag says already: two limits at once are a contradiction."""
+    for text in sets:
+        section, _, key = text.partition("=")[0].strip().rpartition(".")
+        if key != "seed" and key in (raw.get(section) or {} if section else raw):
+            raise UsageError(f"--set {text}: a flag says this already; give one of the two.")
 
 
 def _units(pins: list[str] | None) -> list[Any] | None:
@@ -197,6 +216,7 @@ def score(
 ) -> None:
     """Score layers or heads: higher means more need for full attention."""
     from morph import pipeline
+    from morph.pipeline import _next
 
     recipe = _recipe(
         model,
@@ -214,9 +234,7 @@ def score(
         return terminal.emit(pipeline.dry_run(recipe), as_json, terminal.pairs)
     found = pipeline.score_command(recipe, out, force=force, say=terminal.say)
     terminal.emit(found, as_json, terminal.scores)
-    terminal.next_command(
-        f"morph plan {out} --model {escape(model)} --budget {recipe.select.budget}"
-    )
+    terminal.next_command(_next.after_score(recipe, out, sets))
 
 
 @app.command()
@@ -237,6 +255,7 @@ def plan(
 ) -> None:
     """Turn scores and a budget into a plan; with --data the choice is verified by swaps."""
     from morph import pipeline
+    from morph.pipeline import _next
 
     recipe = _recipe(
         model,
@@ -251,7 +270,7 @@ def plan(
     )
     found = pipeline.plan_command(recipe, scores, out, force=force, say=terminal.say)
     terminal.emit(found, as_json, terminal.plan)
-    terminal.next_command(f"morph convert {escape(model)} OUT --plan {out}")
+    terminal.next_command(_next.after_plan(recipe, out))
 
 
 @app.command()
@@ -283,6 +302,7 @@ def convert(
 ) -> None:
     """Write a hybrid checkpoint, loaded back and compared before it appears."""
     from morph import pipeline
+    from morph.pipeline import _next
 
     recipe = _recipe(
         model,
@@ -313,7 +333,7 @@ def convert(
         say=terminal.say,
     )
     terminal.emit(found, as_json, terminal.written)
-    terminal.next_command(f"morph evaluate {out} --against {escape(model)} --data FILE")
+    terminal.next_command(_next.after_convert(recipe, out))
 
 
 @app.command()
@@ -334,6 +354,7 @@ def distill(
 ) -> None:
     """Distil a hybrid from its source, stage by stage; the same command resumes."""
     from morph import pipeline
+    from morph.pipeline import _next
 
     recipe = _recipe(teacher, [], data=data, seed=seed)
     recipe = pipeline.with_stages(recipe, stages, sets or [])
@@ -344,7 +365,7 @@ def distill(
             recipe, hybrid, out, target=target, force=force, say=terminal.say, progress=progress
         )
     terminal.emit(found, as_json, terminal.written)
-    terminal.next_command(f"morph evaluate {out} --against {escape(teacher)} --data FILE")
+    terminal.next_command(_next.after_convert(recipe, out))
 
 
 @app.command()
@@ -363,12 +384,14 @@ def evaluate(
 ) -> None:
     """Measure recall by length and depth, perplexity, cache and speed, beside the baselines."""
     from morph import pipeline
+    from morph.pipeline import _next
 
     recipe = _recipe(against or model, sets, data=data, seed=seed)
     found = pipeline.evaluate_command(
         recipe, model, source=against, out=out, say=terminal.say
     )
     terminal.emit(found, as_json, terminal.evaluation)
+    terminal.next_command(_next.after_evaluate(recipe, model, against))
 
 
 @app.command()
@@ -382,9 +405,9 @@ def verify(
     """Check a written checkpoint: manifest, structure, and, with --against, what it computes."""
     from morph import pipeline
 
-    terminal.emit(
-        pipeline.verify_command(path, against, say=terminal.say), as_json, terminal.pairs
-    )
+    found = pipeline.verify_command(path, against, say=terminal.say)
+    terminal.emit(found, as_json, terminal.pairs)
+    terminal.next_command(["inspect", str(path)])
 
 
 @app.command()
@@ -411,30 +434,77 @@ def run(
             loaded, out, root=root, force=force, say=terminal.say, progress=progress
         )
     terminal.emit(found, as_json, terminal.run)
+    terminal.next_command(["verify", found["checkpoint"], "--against", found["model"]])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; a user's mistake is one line, no traceback."""
-    sys.exit(_guarded(lambda: app(args=arguments, standalone_mode=False)))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    sys.exit(_guarded(lambda: _call(given)))
 
 
-def _guarded(call: Callable[[], object]) -> int:
-    import click
-
+def _call(arguments: list[str]) -> int:
+    command = _parser()
     try:
-        result = call()
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        return terminal.fail(Interrupted("stopped. The same command goes on from there."))
-    except click.ClickException as error:
+        with command.make_context("morph", list(arguments) or ["--help"]) as context:
+            name = next((a for a in arguments if a in command.commands), None)
+            if name is not None:
+                _given_once(command.commands[name], arguments)
+            command.invoke(context)
+    except typer.Exit as done:
+        return int(done.exit_code)
+    return 0
+
+
+def _parser() -> Any:
+    """Return the parser, its help worded so that no `literal` or flag is broken over two lines."""
+    group: Any = typer.main.get_command(app)
+    for command in [group, *group.commands.values()]:
+        command.help = command.short_help = _unbroken(command.help or "")
+        for parameter in command.params:
+            parameter.help = _unbroken(getattr(parameter, "help", None) or "")
+        command.get_help = lambda context, plain=command.get_help: _broken(plain(context))
+    return group
+
+
+_JOINTS = str.maketrans(" -", "\u00a0\u2011")
+
+
+def _unbroken(text: str) -> str:
+    return re.sub(r"`[^`]+`|\S*-\S*", lambda found: found[0].translate(_JOINTS), text)
+
+
+def _broken(text: str) -> str:
+    return text.replace("\u00a0", " ").replace("\u2011", "-")
+
+
+def _given_once(command: Any, arguments: Sequence[str]) -> None:
+    """Refuse an option that is given twice, of which all but the last would be ignored."""
+    given = [a.partition("=")[0] for a in arguments]
+    for parameter in command.params:
+        for flag in parameter.opts:
+            if flag.startswith("--") and not parameter.multiple and given.count(flag) > 1:
+                raise UsageError(f"{flag} is given {given.count(flag)} times; give it once.")
+
+
+def _guarded(call: Callable[[], int]) -> int:
+    # typer ships its own copy of click in some versions, and uses the installed one in others
+    usage = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    try:
+        return call()
+    except usage as error:
         return terminal.usage(error)
-    except KeyboardInterrupt:
-        return terminal.fail(Interrupted("stopped. The same command goes on from there."))
+    except (KeyboardInterrupt, typer.Abort):
+        return terminal.fail(
+            Interrupted("stopped; nothing is half-written. The same command goes on from there.")
+        )
     except MorphError as error:
         return terminal.fail(error)
     except BrokenPipeError:
-        return 0
+        return terminal.hung_up()
     except (OSError, MemoryError) as error:
         return terminal.fail(StorageError(f"{type(error).__name__}: {error}"))
-
-
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's words
+            return terminal.fail(StorageError(f"out of memory: {error}"))
+        raise

@@ -63,13 +63,26 @@ def classes(model_type: str) -> tuple[type, type, type]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     family: Family = registry.load("families", model_type).FAMILY
-    source_config = family.part(family.config_class)
-    source_base, source_causal = family.part(family.base_class), family.part(family.causal_class)
     config_class = type(
         f"Morph{family.config_class}",
-        (source_config,),
+        (family.part(family.config_class),),
         {"model_type": PREFIX + family.model_type, "__module__": __name__},
     )
+    base_class, causal_class = model_classes(family, config_class, __name__)
+    for made in (config_class, base_class, causal_class):
+        globals()[made.__name__] = made  # so that pickling and deepcopy find them
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, base_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, causal_class, exist_ok=True)
+    return config_class, base_class, causal_class
+
+
+def model_classes(family: Family, config_class: type, module: str) -> tuple[type, type]:
+    """Return (base model, causal LM) classes of a family's hybrids, as if defined in `module`.
+
+    Nothing is registered: checkpoints with remote code make their classes here too.
+    """
+    source_base, source_causal = family.part(family.base_class), family.part(family.causal_class)
 
     def base_init(self: Any, config: Any) -> None:
         plan = plan_of(config)
@@ -90,7 +103,7 @@ def classes(model_type: str) -> tuple[type, type, type]:
         "_is_stateful": True,
         "_can_compile_fullgraph": False,
         "_no_split_modules": [*(source_base._no_split_modules or ()), "HybridAttention"],
-        "__module__": __name__,
+        "__module__": module,
     }
     base_class = type(
         f"Morph{family.base_class}", (_Morph, source_base), {**common, "__init__": base_init}
@@ -100,12 +113,7 @@ def classes(model_type: str) -> tuple[type, type, type]:
         (_Morph, source_causal),
         {**common, "__init__": causal_init},
     )
-    for made in (config_class, base_class, causal_class):
-        globals()[made.__name__] = made  # so that pickling and deepcopy find them
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, base_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, causal_class, exist_ok=True)
-    return config_class, base_class, causal_class
+    return base_class, causal_class
 
 
 def __getattr__(name: str) -> Any:

@@ -417,6 +417,13 @@ CASES: dict[str, tuple[Callable[[Path], None], type[MorphError], str]] = {
     "config-too-few-layers": (config(num_hidden_layers=1), E, "is 1, the weights hold 2 layers"),
     "config-kv-heads-do-not-divide": (config(num_key_value_heads=3), E, "3, which does not divide"),
     "config-kv-heads-zero": (config(num_key_value_heads=0), E, "0, which does not divide"),
+    "config-head-dim-text": (config(head_dim="2"), E, "head_dim is 2, not a size"),
+    "config-head-dim-negative": (config(head_dim=-2), E, "head_dim is -2, not a size"),
+    "config-extra-layers-text": (
+        config(num_hidden_layers=1, num_nextn_predict_layers="1"),
+        E,
+        "weights hold 2 layers",
+    ),
     "config-other-heads": (config(head_dim=4), E, "has 4 rows; config.json says 8"),
     "config-layer-types-too-short": (
         config(layer_types=["full_attention"]),

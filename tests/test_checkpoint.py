@@ -1220,5 +1220,5 @@ def test_real_checkpoints(shared_models: Path, tmp_path: Path) -> None:
 
 def test_results_are_plain_data(source: Checkpoint, tmp_path: Path) -> None:
     result = write(source, tmp_path / "out")
-    assert os.fspath(result) == str(tmp_path / "out")
+    assert os.fspath(result) == str(result) == str(tmp_path / "out")
     assert dataclasses.is_dataclass(result)

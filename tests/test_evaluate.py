@@ -364,6 +364,7 @@ def test_models_that_are_made_on_demand_live_one_at_a_time():
 
     def make():
         model = tiny()
+        model.owner = SimpleNamespace(model=model)  # a cycle, as hooks make them
         alive.add(model)
         most.append(len(alive))
         return model

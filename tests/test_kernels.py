@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from morph import registry
 from morph.errors import KernelUnavailable, UnknownName
+from morph.kernels import _checks
 from morph.testing import assert_close, error_ratio, exactly, poison_empty
 
 EXAMPLES = [
@@ -315,6 +317,16 @@ def test_fast_paths_say_whether_they_can_run(name: str, example: str) -> None:
         kernel.module.forward(**inputs, path="nosuch")
 
 
+def test_a_skipped_path_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="morph.kernels")
+    for _ in range(2):
+        assert _checks.pick("anop", None, {"fast": "no GPU is visible."}) == "reference"
+        assert _checks.pick("anop", None, {"fast": "no GPU is visible.", "plain": ""}) == "plain"
+    assert [r.getMessage() for r in caplog.records] == [
+        "anop: not taking the fast path: no GPU is visible."
+    ]
+
+
 @each_example
 def test_wrong_shapes_are_refused_with_their_sizes(name: str, example: str) -> None:
     kernel = Kernel(name, example)
@@ -332,6 +344,8 @@ def test_wrong_shapes_are_refused_with_their_sizes(name: str, example: str) -> N
             kernel.module.forward(**{**good, leaf: x})
     with pytest.raises(ValueError, match="float64"):
         kernel.module.forward(**{**good, "v": good["v"].double()})
+    with pytest.raises(ValueError, match="int64"):
+        kernel.module.forward(**{**good, **{n: good[n].long() for n in "qkv"}})
     with pytest.raises(ValueError, match="bool"):
         kernel.module.forward(**good, padding=torch.ones(B, T))
 

@@ -132,6 +132,32 @@ def test_left_padded_batch_equals_each_row_alone(model, kind):
         assert torch.equal(batch[i, 14 - row.shape[1] :], alone[0])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_static_cache_requests_give_the_same_tokens(model, padded):
+    hybrid = modeling.hybrid(model, plan_for(model, "heads"))
+    ids = ids_for(model, length=15)
+    mask = torch.ones_like(ids)
+    mask[0, : 5 * padded] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, **GENERATE}
+    static = hybrid.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(static, hybrid.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_masks_that_mixers_cannot_honour_are_refused(model):
+    hybrid = modeling.hybrid(model, plan_for(model, "heads"))
+    ids = ids_for(model, 1, 8)
+    causal = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    torch.testing.assert_close(
+        hybrid(ids, attention_mask=causal, use_cache=False).logits,
+        hybrid(ids, use_cache=False).logits,
+    )
+    causal[:, :, 5, 2] = False
+    with pytest.raises(MismatchError, match="not causal"):
+        hybrid(ids, attention_mask=causal, use_cache=False)
+
+
 @pytest.mark.parametrize("kind", ["heads", "decay"])
 @torch.no_grad()
 def test_beams_and_sampling_with_cache_equal_without(model, kind):
@@ -230,7 +256,7 @@ def test_stock_transformers_refuses_a_package_checkpoint_by_name(tmp_path):
 
 
 def test_a_config_without_a_plan_is_refused():
-    config = modeling.classes("llama")[0]()
+    config = modeling.classes("llama")[0](num_hidden_layers=1, hidden_size=8)
     with pytest.raises(CheckpointError, match=r"morph\.plan"):
         modeling.classes("llama")[2](config)
 

@@ -29,7 +29,7 @@ from morph.evaluation import (
 from morph.plan import Budget, CacheCost, Geometry, Scores, choose, full_plan
 from morph.recipes.schema import Mixer, Recipe, Stage
 
-HOSTILE = "<script>alert(1)</script>[/x]$\\frac{|`\n\x1b[31m&雪 http://evil.example"
+HOSTILE = "<script>alert(1)</script>[/x]$\\frac{$|`\n\x1b[31m&雪 http://evil.example"
 LAYERS = 8
 GEOMETRY = Geometry(
     num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -113,7 +113,7 @@ def everything(name="Qwen/Qwen3-1.7B"):
         "plan": make_plan(),
         "evaluation": make_evaluation((f"{name} source", f"{name} hybrid"), task=name),
         "provenance": {"model": {"path": name, name: "ab" * 32}, "tokens": 3, "files": [name]},
-        "commands": {f"Load {name}": f"import morph\n```{name}", "Next": "morph verify out"},
+        "commands": {f"Load {name}": f"import morph\n```\n{name}", "Next": "morph verify out"},
         "training": [
             {"stage": name, "step": k, "loss": 3 / k, "tokens": k * 1000, "seconds": 2.0 * k}
             for k in range(1, 12)
@@ -145,15 +145,12 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_shows_something_and_is_repeatable(name):
-    png = PICTURES[name]()
-    assert png == PICTURES[name]()
-    image = Image.open(io.BytesIO(png))
+def test_a_picture_shows_something_and_cuts_nothing_off(name):
+    image = Image.open(io.BytesIO(PICTURES[name]()))
     assert image.format == "PNG" and image.size[0] == 1200 and image.size[1] >= 250
     assert image.info.keys() <= {"transparency", "gamma", "dpi"}  # no software, no time
     pixels = np.asarray(image.convert("RGB"))
     assert 0.02 < (pixels.min(axis=2) < 250).mean() < 0.98  # neither blank nor one block
-    # Nothing is cut off at the edges.
     border = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
     assert min(part.min() for part in border) > 200
 
@@ -162,7 +159,7 @@ def test_user_settings_of_matplotlib_change_nothing():
     import matplotlib
 
     before = report.plan_picture(make_plan())
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
+    with matplotlib.rc_context({"font.size": 30, "xtick.labelsize": 30}):
         assert report.plan_picture(make_plan()) == before
         assert matplotlib.rcParams["font.size"] == 30
 
@@ -269,6 +266,7 @@ def test_a_report_loads_nothing_and_holds_no_foreign_markup(tmp_path):
 def test_markdown_holds_no_foreign_markup(tmp_path):
     text = report.report(tmp_path, **everything(HOSTILE))[1].read_text()
     outside = re.sub(r"(?ms)^(`{3,})\n.*?^\1\n", "", text)
+    assert "````\nimport morph\n```\n" in text  # code cannot end its own block
     assert "<" not in outside
     assert not re.search(r"(?<!\\)`", outside)
     assert "http:" not in outside

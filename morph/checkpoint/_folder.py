@@ -93,7 +93,8 @@ def disagreements(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
         return found
     layers = sizes["num_hidden_layers"]
     stored = {int(m[1]) for m in map(LAYER.match, tensors) if m and len(m[1]) < 10}
-    extra = text.get("num_nextn_predict_layers") or 0
+    extra = text.get("num_nextn_predict_layers")
+    extra = extra if type(extra) is int and 0 < extra < 100 else 0
     if stored and (max(stored) + 1 > layers + extra or len(stored) < layers):
         found.append(
             f"config.json: num_hidden_layers is {layers}, the weights hold {len(stored)} layers "
@@ -124,7 +125,7 @@ def _row_disagreements(
 ) -> list[str]:
     """Compare q, k and v rows with the head sizes; other architectures may mean other things."""
     head_dim = text.get("head_dim") or hidden // heads
-    if type(head_dim) is not int:
+    if type(head_dim) is not int or head_dim < 1:
         return [f"config.json: head_dim is {escape(head_dim, 40)}, not a size."]
     expect = {"q": heads * head_dim, "k": groups * head_dim, "v": groups * head_dim}
     for name, info in tensors.items():

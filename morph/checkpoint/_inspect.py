@@ -49,7 +49,7 @@ def inspect(path: str | os.PathLike[str], *, health: bool = False) -> dict[str, 
         "num_parameters": sum(prod(i.shape) for i in source.tensors.values()),
         "bytes": source.nbytes,
         "shards": {s: source.headers[s].identity[0] for s in source.shards},
-        "tie_word_embeddings": source.config.get("tie_word_embeddings", False),
+        "tie_word_embeddings": source.config.get("tie_word_embeddings"),  # None: not said
         "lm_head_stored": any(n.endswith("lm_head.weight") for n in source.tensors),
         "layers": _roles(source),
         "hybrid": None,

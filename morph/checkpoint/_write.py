@@ -51,6 +51,8 @@ class Written:
     def __fspath__(self) -> str:
         return str(self.path)
 
+    __str__ = __fspath__  # from_pretrained asks for str(), not for a path
+
 
 def write_checkpoint(
     out: str | os.PathLike[str],

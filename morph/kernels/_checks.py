@@ -38,8 +38,10 @@ def check_qkv(
         raise ValueError(
             f"k and v must have the same heads, and q a multiple of them; got {sizes}."
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype}, {v.dtype}.")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}."
+        )
     if padding is None:
         return
     tokens, got = q.shape[1], list(padding.shape)

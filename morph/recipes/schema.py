@@ -405,15 +405,3 @@ def _stage(stages: list[Any], step: str, key: str) -> int:
         f"--set {escape(key)}: {escape(step)!r} {why}.{nearest(step, losses)} "
         f"There are: {names or 'none'}."
     )
-
-
-def folder(path_or_name: str | Path) -> Path:
-    """Return the folder that a recipe's relative paths start from.
-
-    That is where its file lies. A shipped recipe names files of the project's examples, so its
-    folder is the one that holds the package.
-    """
-    name = str(path_or_name)
-    if name.endswith((".yaml", ".yml")):
-        return Path(name).resolve().parent
-    return registry.ROOT.parent

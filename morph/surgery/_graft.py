@@ -121,7 +121,12 @@ def inform(base: nn.Module, swapped: tuple[int, ...]) -> Any:
             past = int(cache.get_seq_length()) if len(cache.layers) else 0
             if past == 0:
                 adopt(cache, swapped, module.config.num_hidden_layers)
-        kwargs["morph_context"] = context(kwargs, past, cache)
+        found = context(kwargs, past, cache)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Mapping) or (mask is not None and mask.dim() == 4):
+            # masks made ahead for a static cache have its full size; let the model make its own
+            kwargs["attention_mask"] = found.padding
+        kwargs["morph_context"] = found
         return (), kwargs
 
     return base.register_forward_pre_hook(before, with_kwargs=True)
@@ -143,14 +148,13 @@ def context(kwargs: Mapping[str, Any], past: int, cache: Cache | None = None) ->
     tokens = ids if ids is not None else kwargs["inputs_embeds"]
     length = past + tokens.shape[1]
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, Mapping):  # built ahead by generate(): any causal one tells of padding
-        mask = next((m for m in mask.values() if m is not None), None)
+    if isinstance(mask, Mapping):  # made ahead by generate(), one for every kind of layer
+        mask = mask.get("full_attention")
     if mask is None:
         _refuse_packing(kwargs.get("position_ids"), cache)
         return Context()
-    if mask.dim() == 4:  # [B, 1, T, S]; the last query sees every real key
-        last = mask[:, 0, -1]
-        mask = last if last.dtype == torch.bool else last == 0
+    if mask.dim() == 4:
+        mask = _padding_of(mask, past, length)
     real = mask[:, :length].to(torch.bool)
     if real.shape[1] != length:
         raise MismatchError(
@@ -158,6 +162,23 @@ def context(kwargs: Mapping[str, Any], past: int, cache: Cache | None = None) ->
             f"{length - past} are given."
         )
     return Context(padding=None if bool(real.all()) else real)
+
+
+def _padding_of(mask: torch.Tensor, past: int, length: int) -> torch.Tensor:
+    """Return the padding `[B, S]` behind a causal mask `[B, 1, T, S]`, bool or additive.
+
+    Raises MismatchError for any other mask: mixers know padding only.
+    """
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :length]
+    real = seen[:, -1]  # the last query sees every real key
+    causal = torch.ones(length - past, length, dtype=torch.bool, device=mask.device).tril(past)
+    rows = real[:, past:, None]
+    if not torch.equal(seen & rows, causal & real[:, None] & rows):
+        raise MismatchError(
+            "attention_mask has four dimensions and is not causal with padding; converted layers "
+            "cannot honour it. Give a two-dimensional mask."
+        )
+    return real
 
 
 def _refuse_packing(positions: torch.Tensor | None, cache: Cache | None) -> None:

@@ -1,0 +1,86 @@
+"""The exact command that goes on from where one ended, as arguments of `morph`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from morph.recipes.schema import Evaluate, Recipe, Select
+
+Command = list[str]
+
+
+def flags(**given: Any) -> Command:
+    """Return options as arguments: nothing for None, one pair per entry of a list."""
+    found: Command = []
+    for name, value in given.items():
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        for one in values:
+            found += [f"--{name.replace('_', '-')}", str(one)]
+    return found
+
+
+def after_score(recipe: Recipe, out: Path, sets: Iterable[str] | None) -> Command:
+    """Return `plan` with the same mixer, data and questions, so that its swaps fit the scores."""
+    kept = [x for x in sets or () if not x.startswith(("selector.", "select.selector"))]
+    kept = [x for x in kept if x.partition("=")[0].strip() not in ("model", "select.granularity")]
+    kept += [f"family={recipe.family}"] * (recipe.family is not None)
+    kept += [f"dtype={recipe.dtype}"] * (recipe.dtype != "float32")
+    named = {x.partition("=")[0].strip() for x in kept}
+    return [
+        *("plan", str(out), "--model", recipe.model),
+        *flags(
+            budget=None if "select.budget" in named else recipe.select.budget,
+            mixer=None if "mixer.name" in named else recipe.mixer.name,
+            data=None if "data.text" in named else recipe.data.text,
+            seed=recipe.seed or None if "seed" not in named else None,
+            set=list(dict.fromkeys(kept)),
+        ),
+    ]
+
+
+def after_plan(recipe: Recipe, out: Path) -> Command:
+    """Return `convert` into a new folder named after the model."""
+    folder = f"{Path(recipe.model).name or 'model'}-hybrid"
+    return [
+        *("convert", recipe.model, folder, "--plan", str(out)),
+        *flags(family=recipe.family, data=recipe.data.text, seed=recipe.seed or None),
+    ]
+
+
+def after_convert(recipe: Recipe, out: Path) -> Command:
+    """Return `evaluate` beside the source on the same text; `verify` where there was none."""
+    if not recipe.data.text:
+        return ["verify", str(out), "--against", recipe.model]
+    select, sets = recipe.select, []
+    if select.task not in (Select().task, "text"):
+        sets += [f"evaluate.tasks=[{select.task}]", f"evaluate.lengths=[{select.seq_len}]"]
+    if recipe.evaluate != Evaluate():
+        sets = []  # told by --set, which the user knows better
+    return [
+        *("evaluate", str(out), "--against", recipe.model),
+        *flags(data=recipe.data.text, seed=recipe.seed or None, set=sets),
+    ]
+
+
+def after_evaluate(recipe: Recipe, model: str, against: str | None) -> Command:
+    """Return `distill` for a fresh hybrid, `verify` for a distilled one, `score` for a source."""
+    from morph.pipeline import was_distilled
+
+    shared = flags(data=recipe.data.text, seed=recipe.seed or None)
+    if against is None:
+        if (Path(model) / "morph.json").is_file():
+            return ["verify", model]
+        return ["score", model, *shared]
+    if was_distilled(Path(model)):
+        return ["verify", model, "--against", against]
+    out = f"{str(model).rstrip('/')}-distilled"
+    return ["distill", model, "--teacher", against, "--out", out, *shared]
+
+
+def after_inspect(model: str, found: Mapping[str, Any]) -> Command:
+    """Return `verify` for what morph wrote, and the cheapest `score` for anything else."""
+    if "morph.json" in found["other_files"] or found["model_type"].startswith("morph_"):
+        return ["verify", model]
+    return ["score", model, "--selector", "uniform"]
