@@ -61,6 +61,7 @@ class Stage:
     num_keys: tuple[int, int]  # needles in one sequence, from and to
     repeat: float = 0.0  # part of the rows that repeat random segments
     text: float = 0.0  # part of the rows that are plain text
+    text_part: float = 0.5  # part of the text tokens that enter the loss
     local: float = 0.0  # part of the steps that are plain text, the window in every layer
 
 
@@ -68,13 +69,13 @@ class Stage:
 # then it is carried to long ones.
 PHASES = (
     (
-        Stage(steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0),
-        Stage(steps=200, rows=16, length=128, num_words=16, num_keys=(2, 4), repeat=0.25),
+        Stage(steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0, text_part=0.25),
+        Stage(steps=200, rows=16, length=128, num_words=16, num_keys=(2, 4), repeat=0.25, text_part=0.25),
     ),
     (
-        Stage(steps=150, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
-        Stage(steps=200, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2),
-        Stage(steps=600, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.25),
+        Stage(steps=100, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
+        Stage(steps=150, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2, local=0.1),
+        Stage(steps=550, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2),
     ),
 )
 
@@ -344,7 +345,7 @@ def train(args, tokenizer, train_ids, haystack) -> None:
         if local:
             stage = replace(stage, text=1.0, repeat=0.0)
             windows.update(dict.fromkeys(range(8), WINDOW))
-        means = losses(model, *rows.batch(stage, step), args.text_part)
+        means = losses(model, *rows.batch(stage, step), stage.text_part)
         windows.clear()
         sum(loss for loss, _ in means.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -537,7 +538,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--head_dim", type=int, default=32)
-    parser.add_argument("--text_part", type=float, default=0.25)
     args = parser.parse_args()
     texts = [data.read_text(path) for path in args.text]
     cuts = [int(len(text) * (1 - HELD_OUT)) for text in texts]

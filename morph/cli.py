@@ -25,38 +25,73 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="Local checkpoint folder or Hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local checkpoint folder or Hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Set one value by dotted name, e.g. mixer.window=512. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one value by dotted name, such as mixer.window=512. Repeatable.",
+    ),
 ]
 FamilyOption = Annotated[
-    str | None, typer.Option("--family", help="Read the model as this family; see `morph list`.")
+    str | None,
+    typer.Option(
+        "--family", metavar="NAME", help="Read the model as this family; see `morph list families`."
+    ),
 ]
 Texts = Annotated[
-    list[str] | None, typer.Option("--data", help="Text to use: .txt, .json, .jsonl. Repeatable.")
+    list[str] | None,
+    typer.Option("--data", metavar="FILE", help="Text: .txt, .json or .jsonl. Repeatable."),
 ]
-Selector = Annotated[str | None, typer.Option(help="Who chooses; see `morph list selectors`.")]
+Selector = Annotated[
+    str | None,
+    typer.Option("--selector", metavar="NAME", help="Who chooses; see `morph list selectors`."),
+]
 BudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", help="Full attention to keep: 7 layers, 1/4, 25%, or 4096B a token."),
+    typer.Option(
+        "--budget",
+        metavar="LIMIT",
+        help="Full attention to keep: 7 (layers), 1/4, 25%, or 4096B (cache a token).",
+    ),
 ]
-MixerOption = Annotated[str | None, typer.Option("--mixer", help="What replaces attention.")]
+MixerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mixer", metavar="NAME", help="What replaces attention; see `morph list mixers`."
+    ),
+]
 GranularityOption = Annotated[
-    str | None, typer.Option("--granularity", help="layer, kv_head or head.")
+    str | None,
+    typer.Option("--granularity", metavar="UNIT", help="What is chosen: layer, kv_head or head."),
 ]
 Keep = Annotated[
-    list[str] | None, typer.Option("--keep", help="Layer (3) or unit (3.1) that stays full.")
+    list[str] | None,
+    typer.Option(
+        "--keep", metavar="UNITS", help="Layers (3) or units (3.1) that stay full. Repeatable."
+    ),
 ]
 Replace = Annotated[
-    list[str] | None, typer.Option("--replace", help="Layer (3) or unit (3.1) that is replaced.")
+    list[str] | None,
+    typer.Option(
+        "--replace", metavar="UNITS", help="Layers (3) or units (3.1) to replace. Repeatable."
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for computing.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="TYPE", help="Compute in float32 (default), bfloat16 or float16."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
-Out = Annotated[Path, typer.Option("--out", help="File to write.")]
+Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")]
+Target = Annotated[
+    str, typer.Option("--target", metavar="FORM", help="What to write: auto, stock or package.")
+]
 NoSwaps = Annotated[bool, typer.Option("--no-swaps", help="Skip the verify-and-swap pass.")]
 
 
@@ -83,7 +118,8 @@ def _root(
 @app.command("list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="families, kernels, mixers, selectors or recipes.")
+        str | None,
+        typer.Argument(metavar="[KIND]", help="families, kernels, mixers, selectors or recipes."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +134,9 @@ def list_(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A part, or kind/part.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A part, or kind/part.")],
+) -> None:
     """Show what one part does: its documentation and options."""
     from morph import registry
 
@@ -126,21 +164,20 @@ def inspect(
 ) -> None:
     """Show layers, mixers, heads, dtypes, ties, bytes and health of a checkpoint."""
     from morph import checkpoint
-    from morph.pipeline import _next
 
     found = checkpoint.inspect(checkpoint.resolve(model), health=health)
     terminal.emit(found, as_json, terminal.inspection)
-    terminal.next_command(_next.after_inspect(model, found))
+    ours = "morph.json" in found["other_files"] or found["model_type"].startswith("morph_")
+    terminal.next_command(["verify", model] if ours else ["score", model, "--selector", "uniform"])
 
 
 @app.command()
 def check(
-    recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or a shipped name.")],
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Check a recipe strictly, without loading weights."""
-    from morph.pipeline import _next
     from morph.recipes import schema
 
     found = schema.load(recipe, sets or [])
@@ -151,7 +188,7 @@ def check(
     else:
         typer.echo(schema.dumps(found), nl=False)
     terminal.say(f"{recipe}: valid")
-    terminal.next_command(["run", recipe, *_next.flags(set=sets)])
+    terminal.next_command(["run", recipe, *(x for s in sets or () for x in ("--set", s))])
 
 
 def _recipe(
@@ -239,8 +276,11 @@ def score(
 
 @app.command()
 def plan(
-    scores: Annotated[Path, typer.Argument(help="A scores.json.")],
-    model: Annotated[str, typer.Option(help="The scored model: geometry, and swaps with --data.")],
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="A scores.json.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="MODEL", help="The scored model. Swaps need it and --data."),
+    ],
     budget: BudgetOption = None,
     mixer: MixerOption = None,
     keep: Keep = None,
@@ -276,9 +316,10 @@ def plan(
 @app.command()
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     plan_file: Annotated[
-        Path | None, typer.Option("--plan", help="A plan.json; otherwise score and plan first.")
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="A plan.json; otherwise score and plan first."),
     ] = None,
     selector: Selector = None,
     budget: BudgetOption = None,
@@ -287,7 +328,7 @@ def convert(
     keep: Keep = None,
     replace: Replace = None,
     data: Texts = None,
-    target: Annotated[str, typer.Option(help="auto, stock or package.")] = "auto",
+    target: Target = "auto",
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Add files that load it by remote code.")
     ] = False,
@@ -338,14 +379,24 @@ def convert(
 
 @app.command()
 def distill(
-    hybrid: Annotated[str, typer.Argument(help="A hybrid that `morph convert` wrote.")],
-    teacher: Annotated[str, typer.Option(help="The model it was made of.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write the distilled hybrid to.")],
+    hybrid: Annotated[
+        str, typer.Argument(metavar="HYBRID", help="A hybrid that `morph convert` wrote.")
+    ],
+    teacher: Annotated[
+        str, typer.Option("--teacher", metavar="MODEL", help="The model it was made of.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="Where the distilled hybrid goes."),
+    ],
     data: Texts = None,
     stages: Annotated[
-        str, typer.Option(help="align, logits, long: names with tokens, e.g. align=64K,logits=1M.")
+        str,
+        typer.Option(
+            "--stages", metavar="STAGES", help="align, logits and long, each with its tokens."
+        ),
     ] = "align=100K,logits=1M",
-    target: Annotated[str, typer.Option(help="auto, stock or package.")] = "auto",
+    target: Target = "auto",
     seed: Seed = 0,
     sets: Sets = None,
     force: Force = False,
@@ -372,11 +423,17 @@ def distill(
 def evaluate(
     model: Model,
     against: Annotated[
-        str | None, typer.Option(help="The source model; adds the baselines at the same budget.")
+        str | None,
+        typer.Option(
+            "--against", metavar="MODEL", help="Its source; adds the baselines at its budget."
+        ),
     ] = None,
     data: Texts = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for evaluation.json, report and pictures.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FOLDER", help="For evaluation.json, the report and pictures."
+        ),
     ] = None,
     seed: Seed = 0,
     sets: Sets = None,
@@ -396,9 +453,12 @@ def evaluate(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint folder.")],
     against: Annotated[
-        str | None, typer.Option(help="The source: load both and compare logits too.")
+        str | None,
+        typer.Option(
+            "--against", metavar="MODEL", help="Its source: load both and compare logits too."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -412,9 +472,10 @@ def verify(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A .yaml file or a shipped recipe's name.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or a shipped name.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for everything the run makes.")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="For everything that the run makes."),
     ] = None,
     sets: Sets = None,
     force: Force = False,
@@ -463,6 +524,10 @@ def _parser() -> Any:
         command.help = command.short_help = _unbroken(command.help or "")
         for parameter in command.params:
             parameter.help = _unbroken(getattr(parameter, "help", None) or "")
+            if parameter.param_type_name == "argument":  # typer's own words vary with its version
+                row = (parameter.metavar, parameter.help)
+                parameter.get_help_record = lambda context, row=row: row
+                parameter.get_usage_pieces = lambda context, row=row: [row[0]]
         command.get_help = lambda context, plain=command.get_help: _broken(plain(context))
     return group
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,18 +31,28 @@ def say(message: str) -> None:
     print(escape(message, 2000), file=sys.stderr, flush=True)
 
 
-def next_command(command: str) -> None:
-    """Print the command that goes on from here."""
-    say(f"next: {command}")
+def next_command(arguments: Sequence[str]) -> None:
+    """Print the command that goes on from here, quoted for a shell. It is the last line."""
+    sys.stdout.flush()
+    print(f"next: {_quoted(['morph', *arguments])}", file=sys.stderr, flush=True)
+
+
+def _quoted(words: Sequence[str]) -> str:
+    # a name with control characters has no plain form; $'...' is how bash and zsh spell it
+    odd = [w if w.isprintable() else "" for w in words]
+    return " ".join(
+        shlex.quote(w) if w == plain else "$'" + escape(w, 4000).replace("'", "\\'") + "'"
+        for w, plain in zip(words, odd)
+    )
 
 
 def fail(error: MorphError) -> int:
     """Print one line that says what is wrong; return the exit code."""
     if DEBUG:
-        raise error
+        traceback.print_exception(error)
     red, plain = ("\033[31m", "\033[0m") if _colour() else ("", "")
-    lines = str(error).splitlines() or [type(error).__name__]
-    text = "\n".join(escape(line, 4000) for line in lines)
+    text = escape(" ".join(str(error).split("\n")) or type(error).__name__, 4000)
+    sys.stdout.flush()
     print(f"{red}error:{plain} {text}", file=sys.stderr, flush=True)
     return error.exit_code
 
@@ -46,9 +61,17 @@ def usage(error: Any) -> int:
     """Print a usage error of the command line with the nearest flag or command."""
     context = getattr(error, "ctx", None)
     where = f" See `{context.command_path} --help`." if context else ""
-    text = error.format_message().rstrip(".")
-    print(f"error: {escape(text, 1000)}.{where}", file=sys.stderr)
+    text = " ".join(error.format_message().split())
+    text = text if text.endswith((".", "?", ")")) else f"{text}."
+    print(f"error: {escape(text, 1000)}{where}", file=sys.stderr)
     return 2
+
+
+def hung_up() -> int:
+    """The reader of our output is gone, as in `morph list | head`: stop without a word."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    return 0
 
 
 def _colour() -> bool:
@@ -65,24 +88,38 @@ def emit(value: Any, as_json: bool, pretty: Callable[[Any], None]) -> None:
         pretty(value)
 
 
-def table(title: str, columns: list[str], rows: list[list[Any]], right: int = 99) -> None:
-    """Print a table; columns from index `right` on are right-aligned."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 99) -> None:
+    """Print a table; columns from index `right` on are right-aligned, none is cut off."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    made = Table(box=None, pad_edge=False, show_header=any(columns))
     for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i >= right else "left", overflow="fold")
+        justify: Any = "right" if i >= right else "left"
+        made.add_column(Text(column), justify=justify, overflow="fold", no_wrap=i == 0)
     for row in rows:
         made.add_row(*(Text(escape(cell, 600)) for cell in row))
-    _console().print(made)
+    if title:
+        print(escape(title))
+    show(made)
+
+
+def show(renderable: Any) -> None:
+    """Print a rich object without the blanks that pad its lines."""
+    console = _console()
+    with console.capture() as captured:
+        console.print(renderable)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def parts(found: Mapping[str, Mapping[str, str]]) -> None:
     """Print `morph list`."""
-    for kind, items in found.items():
-        table(kind, ["name", "what it is"], [[n, s] for n, s in items.items()])
-        print()
+    for i, (kind, items) in enumerate(found.items()):
+        print("\n" * (i > 0) + kind)
+        if items:
+            table("", ["", ""], [[f"  {n}", s] for n, s in items.items()])
+        else:
+            print("  none yet")
 
 
 def find_part(name: str) -> list[tuple[str, str]]:
@@ -100,22 +137,42 @@ def find_part(name: str) -> list[tuple[str, str]]:
     return found
 
 
-def part(kind: str, name: str, text: str, options: list[tuple[str, str, str]]) -> None:
+def part(kind: str, name: str, text: str, options: Sequence[tuple[str, str, str]]) -> None:
     """Print `morph show`."""
-    print(f"{kind}/{name}\n")
-    print(text)
+    print(f"{kind}/{name}\n\n{_reflowed(text)}\n")
     if options:
-        print()
-        table("options", ["name", "type", "default"], [list(o) for o in options])
-    print()
+        section = {"mixers": "mixer", "selectors": "selector"}.get(kind, kind)
+        rows = [[f"{section}.{n}", t, d.strip("'")] for n, t, d in options]
+        table("", ["option, for --set", "type", "default"], rows)
+
+
+def _reflowed(text: str) -> str:
+    """Return a docstring at the width of the terminal; labelled and indented lines stay lines."""
+    width = shutil.get_terminal_size().columns
+    lines: list[str] = []
+    for line in text.splitlines():
+        starts = not line or line[0] in " -*|#" or re.match(r"[A-Z][\w' ]{1,30}:( |$)", line)
+        if starts or not lines or not lines[-1] or lines[-1].startswith(" "):
+            lines.append(line)
+        else:
+            lines[-1] += " " + line
+    return "\n".join(
+        line if line.startswith(" ") or len(line) < width
+        else textwrap.fill(line, min(width, 100), subsequent_indent="  ")
+        for line in lines
+    )  # fmt: skip
 
 
 def pairs(found: Mapping[str, Any]) -> None:
-    """Print a mapping as two columns."""
-    table("", ["", ""], [[k, _value(v)] for k, v in found.items()])
+    """Print a mapping as two columns; what is None is left out."""
+    rows = [[str(k).replace("_", " "), _value(v)] for k, v in found.items() if v is not None]
+    if rows:
+        table("", ["", ""], rows)
 
 
 def _value(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -123,7 +180,8 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_value(v)}" for k, v in value.items()) or "none"
+        found = (f"{str(k).replace('_', ' ')} {_value(v)}" for k, v in value.items())
+        return ", ".join(found) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(_value(v) for v in value) or "none"
     return str(value)
@@ -139,16 +197,41 @@ def size(count: float) -> str:
 
 
 def inspection(found: Mapping[str, Any]) -> None:
-    """Print `morph inspect`."""
-    pairs({k: v for k, v in found.items() if not isinstance(v, list)})
-    for key, value in found.items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            columns = list(value[0])
-            print()
-            table(key, columns, [[_value(row.get(c, "")) for c in columns] for row in value], 1)
-        elif isinstance(value, list):
-            print()
-            pairs({key: value})
+    """Print `morph inspect`: what is known, problems last, where they are seen."""
+    told = {k: v for k, v in found.items() if k not in ("layers", "problems", "notes")}
+    told["path"] = str(found["path"])
+    told["family"] = found["family"] or "not known to morph: --family names one to read it as"
+    told["cache"] = told.pop("cache_bytes")
+    if hybrid := found["hybrid"]:
+        pattern = hybrid.get("pattern") or ", ".join(map(str, hybrid["layer_types"]))
+        told["hybrid"] = f"{pattern} ({hybrid['kind']})"
+    for key in ("bytes", "dtypes", "shards", "cache"):
+        told[key] = _sizes(told[key])
+    for key, words in (("nonfinite", "no NaN, no infinity"), ("tie_conflict", None)):
+        told[key] = words if found[key] == [] else found[key]
+    pairs({_word(k): v for k, v in told.items() if v not in (None, [], {})})
+    print()
+    layers = found["layers"]
+    ends = [i for i, row in enumerate(layers) if row != (layers[i + 1 : i + 2] or [None])[0]]
+    rows = []
+    for first, last in zip([0, *(i + 1 for i in ends)], ends):  # equal neighbours share a row
+        name = str(first) if first == last else f"{first}-{last}"
+        rows.append([name, *(size(count) for count in layers[last].values())])
+    if rows:
+        table("", ["layers", *layers[0]], rows, 1)
+    for key in ("notes", "problems"):
+        for text in found[key]:
+            say(f"{key.removesuffix('s')}: {text}")
+
+
+def _word(key: str) -> str:
+    return key.removeprefix("num_").replace("_", " ")
+
+
+def _sizes(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {size(count)}" for name, count in value.items())
+    return size(value) if value is not None else "unknown"
 
 
 def scores(found: Any) -> None:
@@ -168,21 +251,36 @@ def scores(found: Any) -> None:
 
 def plan(found: Mapping[str, Any]) -> None:
     """Print a plan: its pattern and what it saves."""
-    pairs(found)
+    told = {k: v for k, v in found.items() if k not in ("cache_bytes", "load", "serve")}
+    for name, entry in (found.get("cache_bytes") or {}).items():
+        before, after = entry["source"], entry["hybrid"]
+        told[f"cache at {name}"] = f"{size(after)} of {size(before)} ({after / before:.2f}x, 16 bit)"
+    pairs(told)
 
 
 def written(found: Mapping[str, Any]) -> None:
-    """Print what was written and verified."""
-    pairs(found)
+    """Print what was written and verified, and the lines to use it, which are never wrapped."""
+    told = dict(found)
+    checked = told.pop("verification")
+    told["verified"] = (
+        f"{checked['tensors_byte_equal']} tensors byte-equal; logits within "
+        f"{checked['logit_error']:.1e} of the hybrid in memory"
+    )
+    plan(told)
+    _use(found)
+
+
+def _use(found: Mapping[str, Any]) -> None:
+    for key in ("load", "serve"):
+        lines = escape(found[key], 4000).split("; ")
+        print(f"\n{key}\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def evaluation(found: Any) -> None:
-    """Print the table of an evaluation and its notes."""
+    """Print the table of an evaluation, its notes below."""
     from morph import report
 
-    _console().print(report.table(found))
-    for note in found.notes:
-        say(f"note: {note}")
+    show(report.table(found))
 
 
 def run(found: Mapping[str, Any]) -> None:
@@ -190,7 +288,8 @@ def run(found: Mapping[str, Any]) -> None:
     if found.get("evaluation") is not None:
         evaluation(found["evaluation"])
         print()
-    pairs({k: v for k, v in found.items() if k != "evaluation"})
+    pairs({k: v for k, v in found.items() if k not in ("evaluation", "load", "serve")})
+    _use(found)
 
 
 @contextmanager

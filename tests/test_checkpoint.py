@@ -627,6 +627,26 @@ def test_infinity_in_a_config_is_written_as_transformers_reads_it(
     assert read["limit"] == [0.0, {"__float__": "Infinity"}]
 
 
+def test_only_an_auto_map_to_our_own_files_is_written(source: Checkpoint, tmp_path: Path) -> None:
+    hostile = {**source.config, "auto_map": {"AutoConfig": "evil.Config"}}
+    ours = {"AutoModelForCausalLM": "modeling_ours.Model"}
+    with pytest.raises(CheckpointError, match=r"modeling_ours\.Model.*no file that is written"):
+        write(source, tmp_path / "out", auto_map=ours)
+    write_checkpoint(
+        tmp_path / "out",
+        source=source,
+        config=hostile,
+        auto_map=ours,
+        extra_files={"modeling_ours.py": b"class Model: ..."},
+        durable=False,
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"] == ours
+    again = Checkpoint.open(tmp_path / "out")  # as a source, even our own code is left behind
+    assert again.dropped_keys == ("auto_map",)
+    assert again.ignored_files == ("modeling_ours.py",)
+
+
 def test_permissions_follow_the_umask(source: Checkpoint, tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:

@@ -10,10 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from morph import evaluate as ev
 from morph import evaluation as found
+from morph import modeling
 from morph.data import Example
 from morph.errors import DataError, RecipeError, VerificationFailed
 from morph.plan import CacheCost, Geometry, full_plan, uniform_plan
@@ -113,7 +121,7 @@ def test_recall_of_a_batch_is_that_of_each_row_alone(kind):
 
 
 def test_recall_splits_batches_of_long_questions(monkeypatch):
-    monkeypatch.setattr(ev, "TOKENS_LIMIT", 64)
+    monkeypatch.setattr("morph.evaluate._quality.TOKENS_LIMIT", 64)
     model = Oracle({})
     ev.recall(model, [example(range(30), (1,)) for _ in range(5)], batch_size=8)
     assert [s[0] for s in model.shapes] == [2, 2, 1]
@@ -380,7 +388,26 @@ def test_evaluation_without_text_leaves_perplexity_out():
     )
     result = ev.evaluate({"source": tiny()}, settings, Letters(), None)
     assert result.models[0].perplexity is None
-    assert result.models[0].cache == ()
+    assert [c.ratio for c in result.models[0].cache] == [1.0, 1.0, 1.0]
+
+
+def test_a_hybrid_holds_what_its_own_plan_says():
+    source = tiny("qwen3")
+    plan = uniform_plan("qwen3", GEOMETRY, [1], "sliding", {"window": 4, "num_sinks": 1}, None)
+    result = run({"source": source, "hybrid": lambda: modeling.hybrid(source, plan)})
+    whole, hybrid = result.models
+    assert (whole.pattern, hybrid.pattern) == ("FF", "SF")
+    assert (whole.held.bytes, hybrid.held.bytes) == (2 * 16 * 128, (16 + 5) * 128)
+    assert not any("really holds" in note for note in result.notes)
+    (loss,) = [d for d in result.differences if d.task == "perplexity"]
+    assert loss.difference != 0
+
+
+def test_a_model_of_no_known_family_has_no_plan():
+    config = GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k not in ("head_dim",)})
+    result = run({"source": GPTNeoXForCausalLM(config).eval()})
+    assert (result.models[0].pattern, result.models[0].cache) == (None, ())
+    assert result.models[0].held.bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,21 @@ def test_every_part_may_be_missing_or_alone(tmp_path, part):
         assert paths[1].read_text().startswith("# morph")
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["counted-from-the-run", "from-the-stage"])
+def test_costs_are_listed_by_stage(tmp_path, whole):
+    training = [
+        {"stage": s, "name": n, "loss": 5.0 - k, "tokens": 100 * (k + 1 + 4 * s * whole)}
+        for s, n in enumerate(("align", "logits"))
+        for k in range(4)
+    ]
+    costs = {"plan seconds": 3.25, "evaluation seconds": 1234.5, "model": "m"}
+    page = report.report(tmp_path, training=training, provenance=costs)[1].read_text()
+    assert "| stage 1: align | 400 |  | 5 | 2 |" in page
+    assert "| stage 2: logits | 400 |  | 5 | 2 |" in page
+    assert "| plan |  | 3.2 |  |  |" in page and "| evaluation |  | 1,234 |  |  |" in page
+    assert page.count("seconds") == 1  # the head of the table, no row of the provenance
+
+
 def test_training_logs_of_any_kind_are_read(tmp_path):
     odd = [{}, {"loss": None}, {"loss": float("nan"), "tokens": 3}, {"stage": 0, "loss": "x"}]
     (page, *_) = report.report(tmp_path, training=[*odd, {"loss": 1.5}, {"loss": 2, "tokens": "?"}])

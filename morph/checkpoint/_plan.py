@@ -6,9 +6,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from morph.checkpoint._format import (
     BITS,
@@ -21,6 +19,9 @@ from morph.checkpoint._format import (
 )
 from morph.checkpoint._read import Checkpoint
 from morph.errors import CheckpointError, escape, nearest
+
+if TYPE_CHECKING:  # loaded where arrays are at hand, so that `morph inspect` starts fast
+    import numpy as np
 
 
 class MoveLike(Protocol):
@@ -39,7 +40,7 @@ class MoveLike(Protocol):
 
 
 # bytes, an array (bfloat16 as uint16), a place in another file, or a function that gives bytes
-Data = bytes | memoryview | np.ndarray | TensorInfo | Callable[[], Any]
+Data: TypeAlias = "bytes | memoryview | np.ndarray | TensorInfo | Callable[[], Any]"
 NewTensor = tuple[str, Sequence[int], Data]
 
 
@@ -213,6 +214,8 @@ def _replacement(old: Piece, new: NewTensor) -> Piece:
 
 def _given(name: str, dtype: str, shape: Sequence[int], data: Data) -> Piece:
     """Return a piece of caller's data, after checking that type, shape and size agree."""
+    import numpy as np
+
     code, sizes = dtype_code(dtype), tuple(int(n) for n in shape)
     piece = Piece(_new_name(name), code, sizes, data)
     if isinstance(data, np.ndarray) and np.dtype(NUMPY.get(code, "V1")) != data.dtype:
@@ -256,6 +259,8 @@ def _constant(dtype: str, count: int, fill: float) -> Callable[[], bytes]:
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
         one = struct.pack("<H", rounded)
     else:
+        import numpy as np
+
         one = np.asarray(fill).astype(NUMPY[dtype]).tobytes()
     return lambda: one * count
 

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from morph.checkpoint._folder import (
     clean_config,
@@ -33,6 +31,9 @@ from morph.checkpoint._format import (
     read_header,
 )
 from morph.errors import CheckpointError, escape, nearest
+
+if TYPE_CHECKING:  # loaded where arrays are read, so that `morph inspect` starts fast
+    import numpy as np
 
 BLOCK = 4 * MIB
 
@@ -148,6 +149,8 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor as a read-only array; bfloat16 and float8 come as unsigned integers."""
+        import numpy as np
+
         info = self.info(name)
         if info.dtype not in NUMPY:
             raise CheckpointError(f"{escape(name)}: {info.dtype} has no array form.")
@@ -186,6 +189,8 @@ class Checkpoint:
         )
 
     def _is_nonfinite(self, name: str) -> bool:
+        import numpy as np
+
         dtype = self.tensors[name].dtype
         masks = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF << 52}
         masks |= {"C64": 0x7F800000, "F8_E5M2": 0x7C}
@@ -214,6 +219,8 @@ class Checkpoint:
 
 def to_float(dtype: str, array: np.ndarray) -> np.ndarray:
     """Return what `Checkpoint.read` gave as float32; bfloat16 is decoded, float64 stays."""
+    import numpy as np
+
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     if dtype.startswith(("F8", "F4", "F6")):

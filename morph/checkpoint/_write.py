@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from morph import strict
 from morph.checkpoint._folder import INDEX, MANIFEST, clean_config, disagreements
 from morph.checkpoint._format import (
@@ -64,6 +62,7 @@ def write_checkpoint(
     replaced: Mapping[str, NewTensor] | None = None,
     dropped: Mapping[str, str] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
+    auto_map: Mapping[str, str] | None = None,
     skip_files: Iterable[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     provenance: Mapping[str, Any] | None = None,
@@ -79,9 +78,10 @@ def write_checkpoint(
     tensors to the reason why they go: (dtype, shape, data), where data are bytes, an array
     (bfloat16 as uint16), a `TensorInfo` of another checkpoint, or a function returning one of the
     first two. `extra_files` are written as given; side files of the source are copied otherwise,
-    its README.md as README.source.md where a new one is given. `verify(folder)` runs on the
-    complete hidden folder just before the rename; what it raises stops the write.
-    `progress(done, total)` counts bytes.
+    its README.md as README.source.md where a new one is given. `auto_map` (auto class ->
+    `module.Class` of an extra file) is the only key of its kind that config.json can have.
+    `verify(folder)` runs on the complete hidden folder just before the rename; what it raises
+    stops the write. `progress(done, total)` counts bytes.
 
     Raises CheckpointError where tensors are unaccounted for or the source changes, OutputExists,
     UsageError, StorageError (nothing is left behind). Same inputs give the same bytes.
@@ -97,7 +97,7 @@ def write_checkpoint(
         dict(dropped or {}),
         max_shard_bytes,
     )
-    texts = _texts(config, provenance, extra_files or {}, shards)
+    texts = _texts(config, provenance, extra_files or {}, shards, auto_map)
     copies, not_copied = _side_copies(source, set(texts), set(skip_files))
     inputs = {source.path} | {
         p.data.file.parent for s in shards for p in s.pieces if isinstance(p.data, TensorInfo)
@@ -177,6 +177,7 @@ def _texts(
     provenance: Mapping[str, Any] | None,
     extra: Mapping[str, bytes],
     shards: tuple[Shard, ...],
+    auto_map: Mapping[str, str] | None,
 ) -> dict[str, bytes]:
     """Return the files that are written from memory."""
     taken = {"config.json", INDEX, MANIFEST, PROVENANCE, *(s.name for s in shards)}
@@ -186,7 +187,13 @@ def _texts(
                 f"extra file '{escape(name)}' has a name that morph writes itself."
             )
     texts = dict(extra)
-    texts["config.json"] = dump_json(clean_config(config, []))
+    cleaned = clean_config(config, [])
+    if auto_map is not None:
+        for place in auto_map.values():
+            if f"{place.partition('.')[0]}.py" not in extra:
+                raise CheckpointError(f"auto_map: '{escape(place)}' is in no file that is written.")
+        cleaned["auto_map"] = dict(auto_map)
+    texts["config.json"] = dump_json(cleaned)
     if provenance is not None:
         texts[PROVENANCE] = dump_json(strict.plain(provenance))
     if len(shards) > 1:
@@ -262,6 +269,8 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[TensorInfo | Piece]:
 
 
 def _buffer(piece: Piece) -> memoryview:
+    import numpy as np
+
     data: Any = piece.data() if callable(piece.data) else piece.data
     if isinstance(data, np.ndarray):
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)

@@ -72,6 +72,7 @@ class Log:
     notes: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0  # of this process only
+    trained: tuple[str, ...] = ()  # parameters that the run has trained, in copies of their own
 
     def losses(self, stage: int) -> list[float]:
         """Return the losses of one stage, step by step."""
@@ -140,7 +141,7 @@ def distill(
             ) from None
         finally:
             trainee.clear()
-    run.log.tokens = run.position.tokens
+    run.log.tokens, run.log.trained = run.position.tokens, tuple(sorted(trainee.touched))
     return run.log
 
 

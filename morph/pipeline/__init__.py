@@ -128,17 +128,16 @@ def plan_command(
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """Return pattern, mixers and cache bytes of a plan beside its source's."""
+    """Return pattern, mixers and cache bytes of a plan beside its source's, both at 16 bit."""
     full = planning.full_plan(plan.model_type, plan.geometry)
-    cache = {}
-    for name, length in LENGTHS.items():
-        before, after = full.cache_bytes(length), plan.cache_bytes(length)
-        cache[f"cache at {name} (bf16)"] = f"{after:,} of {before:,} bytes ({after / before:.2f}x)"
     return {
         "pattern": plan.pattern,
-        "full layers": list(plan.full_layers),
+        "full_layers": list(plan.full_layers),
         "mixers": list(plan.mixers),
-        **cache,
+        "cache_bytes": {
+            name: {"source": full.cache_bytes(length), "hybrid": plan.cache_bytes(length)}
+            for name, length in LENGTHS.items()
+        },
     }
 
 
@@ -225,20 +224,15 @@ def _chosen(
 
 
 def _tell(written: Any, plan: Plan) -> dict[str, Any]:
-    told = {
+    return {
         "wrote": str(written.path),
         "format": written.format,
+        "not_stock_because": " ".join(written.reasons) or None,
         **describe(plan),
-        "verified": (
-            f"{written.verification['tensors_byte_equal']} tensors byte-equal, logits within "
-            f"{written.verification['logit_error']:.1e} of the hybrid in memory"
-        ),
+        "verification": dict(written.verification),
         "load": written.load,
         "serve": written.serve,
     }
-    if written.reasons:
-        told["not stock because"] = " ".join(written.reasons)
-    return told
 
 
 def with_stages(recipe: Recipe, text: str, sets: list[str]) -> Recipe:

@@ -85,15 +85,16 @@ def convert(
         say(f"verifying in a fresh process: {staged.name}")
         verdict.update(
             _verify.load_and_compare(
-                source, plan, staged, stock, moves, set(new) | set(replaced), student
+                source, plan, staged, stock, moves, set(new) | set(replaced), student, with_code
             )
         )
 
     extra: dict[str, bytes] = {}
+    auto_map: dict[str, str] | None = None
     if with_code:
         from morph.pipeline import _remote
 
-        extra = _remote.files(source.family, config)
+        extra, auto_map = _remote.files(source.family, config), _remote.auto_map(source.family)
     summary = {
         "plan": strict.plain(plan),
         "pattern": plan.pattern,
@@ -102,7 +103,8 @@ def convert(
         "provenance": strict.plain(dict(provenance or {})),
         "serve": serve.replace(str(out), "{path}"),
     }
-    extra["README.md"] = (card or _card(source, plan, config, serve, reasons)).encode()
+    card = card or _card(source, plan, config, serve, reasons, with_code)
+    extra["README.md"] = card.encode()
     say(f"writing {config['model_type']} checkpoint {escape(out)}")
     checkpoint.write_checkpoint(
         Path(out),
@@ -112,6 +114,7 @@ def convert(
         new_tensors=new,
         replaced=replaced,
         extra_files=extra,
+        auto_map=auto_map,
         provenance=summary,
         force=force,
         verify=check,
@@ -121,7 +124,7 @@ def convert(
         format=config["model_type"],
         pattern=plan.pattern,
         serve=serve,
-        load=_load_line(stock, out),
+        load=_load_line(stock, out, with_code),
         reasons=tuple(reasons),
         verification=verdict,
         seconds=time.perf_counter() - start,
@@ -194,21 +197,26 @@ def _bytes(tensor: Any, code: str) -> tuple[str, tuple[int, ...], bytes]:
 def _serve(stock: StockTarget | None, out: str | Path, with_code: bool) -> str:
     if stock is not None:
         return stock.serve.format(path=out)
-    if with_code:
-        return f"vllm serve {out} --trust-remote-code --model-impl transformers  (full and sliding layers only)"
-    return "no server runs this plan yet; load it in Python with `import morph`"
+    how = "trust_remote_code=True" if with_code else "import morph"
+    return f"no server runs this plan yet; load it in Python with `{how}`"
 
 
-def _load_line(stock: StockTarget | None, out: str | Path) -> str:
-    start = "" if stock is not None else "import morph; "
+def _load_line(stock: StockTarget | None, out: str | Path, with_code: bool) -> str:
+    start = "" if stock is not None or with_code else "import morph; "
+    trust = ", trust_remote_code=True" if with_code else ""
     return (
         f"{start}from transformers import AutoModelForCausalLM; "
-        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})"
     )
 
 
 def _card(
-    source: Source, plan: Plan, config: Mapping[str, Any], serve: str, reasons: list[str]
+    source: Source,
+    plan: Plan,
+    config: Mapping[str, Any],
+    serve: str,
+    reasons: list[str],
+    with_code: bool,
 ) -> str:
     """Return the model card: what was changed, how to load and serve it."""
     rows = "\n".join(
@@ -218,6 +226,7 @@ def _card(
     )
     why = f"\nWhy not a stock architecture: {' '.join(reasons)}\n" if reasons else ""
     load = "" if not config["model_type"].startswith("morph_") else "import morph\n"
+    load, trust = ("", ", trust_remote_code=True") if with_code else (load, "")
     return (
         f"# Hybrid of {source.path.name}\n\n"
         f"Made by morph from `{source.path.name}` (model type `{source.family.model_type}`). "
@@ -227,7 +236,7 @@ def _card(
         "| tokens | cache of the source, bytes (16 bit) | cache of the hybrid |\n|---|---|---|\n"
         f"{rows}\n\n"
         f"```python\n{load}from transformers import AutoModelForCausalLM\n"
-        f'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")\n```\n\n'
+        f'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER"{trust})\n```\n\n'
         f"Serving: `{serve.replace(str(source.path), '')}`\n"
     )
 

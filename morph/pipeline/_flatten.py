@@ -100,7 +100,7 @@ class _Work:
                 self.need(target.module, target.name)
             elif target.inside:
                 self.attributes(statement, name, target.module)
-        for name in {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)} - set(local):
+        for name in set(_loads(statement)) - set(local):
             if name in module.defines:
                 self.keep(module, module.defines[name])
             elif name in module.imports:
@@ -118,16 +118,22 @@ class _Work:
             self.attributes(statement, name, target.module)
 
     def attributes(self, statement: ast.stmt, name: str, module: str) -> None:
-        """Need every `name.x` of a statement; a module may not be used in any other way."""
-        owners = [
-            n.value for n in ast.walk(statement)
+        """Need every `name.x` of a statement; a module may not be used in any other way.
+
+        Where the statement also binds the name itself, uses of that other thing are passed over.
+        """
+        if module in self.given:
+            return
+        rebound = name in _rebound(statement)
+        attributes = [
+            n for n in ast.walk(statement)
             if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == name
         ]  # fmt: skip
-        uses = [n for n in ast.walk(statement) if isinstance(n, ast.Name) and n.id == name]
-        if len(owners) != len(uses):
+        if not rebound and len(attributes) != _loads(statement).count(name):
             raise LookupError(f"module {module} is used as a value; only its names can be followed")
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and node.value in owners:
+        found = self.read(module)
+        for node in attributes:
+            if not rebound or node.attr in {*found.defines, *found.imports}:
                 self.need(module, node.attr)
 
     def settle(self) -> None:
@@ -218,6 +224,24 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
             for n in ast.walk(node):
                 if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
                     yield n.id
+
+
+def _loads(statement: ast.stmt) -> list[str]:
+    """Return the names that a statement reads, or changes as globals, once for every use."""
+    found = []
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
+            found.append(node.id)
+        elif isinstance(node, ast.Global):
+            found += node.names
+    return found
+
+
+def _rebound(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement binds anywhere inside: variables, fields, parameters."""
+    walk = list(ast.walk(statement))
+    stored = {n.id for n in walk if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return stored | {n.arg for n in walk if isinstance(n, ast.arg)}
 
 
 def _only_for_types(statement: ast.stmt) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,3 @@ def after_evaluate(recipe: Recipe, model: str, against: str | None) -> Command:
         return ["verify", model, "--against", against]
     out = f"{str(model).rstrip('/')}-distilled"
     return ["distill", model, "--teacher", against, "--out", out, *shared]
-
-
-def after_inspect(model: str, found: Mapping[str, Any]) -> Command:
-    """Return `verify` for what morph wrote, and the cheapest `score` for anything else."""
-    if "morph.json" in found["other_files"] or found["model_type"].startswith("morph_"):
-        return ["verify", model]
-    return ["score", model, "--selector", "uniform"]

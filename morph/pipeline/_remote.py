@@ -12,8 +12,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from morph import __version__, plan as planning
-from morph import registry
+from morph import __version__, registry
+from morph import plan as planning
 from morph.errors import UsageError, escape
 from morph.families._family import Family
 from morph.pipeline._flatten import flat_name, flatten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,8 +42,9 @@ def load_and_compare(
     """Load `staged` in a fresh process and compare it with the hybrid made in memory.
 
     Checks that untouched tensors are byte-equal, nothing is missing or unexpected, every layer has
-    the class and mixer of the plan, every mixer ran, and logits agree. Returns the numbers; raises
-    VerificationFailed naming the first thing that differs.
+    the class and mixer of the plan, every mixer ran, and logits agree; with `remote_code` once
+    more without morph, by the code in the folder. Returns the numbers; raises VerificationFailed
+    naming the first thing that differs.
     """
     from morph.pipeline._convert import probe_ids
 
@@ -56,19 +58,16 @@ def load_and_compare(
             reference, original = np.load(work / "hybrid.npy"), np.load(work / "source.npy")
         else:
             reference, original = _logits(student, work / "ids.npy"), None
-        report = run_fresh(staged, work, use_morph=stock is None, remote_code=remote_code)
-        written = np.load(work / "logits.npy")
-    _check_report(report, plan, stock, staged)
-    error, limit = _rms(written - reference, reference), LIMITS[report["dtype"]]
-    if not error <= limit:
-        raise VerificationFailed(
-            f"{staged.name}: logits of the loaded checkpoint differ from the hybrid in memory by "
-            f"{error:.2e} of their size; {limit:.0e} is allowed for {report['dtype']}. "
-            "Nothing was kept."
-        )
+        report = run_fresh(staged, work, use_morph=stock is None)
+        _check_report(report, plan, stock, staged)
+        error = _check_logits(work, reference, report["dtype"], staged)
+        if remote_code:
+            bare = run_fresh(staged, work, use_morph=False, remote_code=True)
+            _check_report(bare, plan, None, staged, remote_code=True)
+            extra["remote_code_error"] = _check_logits(work, reference, bare["dtype"], staged)
     numbers = {
         "logit_error": error,
-        "limit": limit,
+        "limit": LIMITS[report["dtype"]],
         "dtype": report["dtype"],
         "class": report["class"],
         "tensors_byte_equal": equal,
@@ -80,6 +79,17 @@ def load_and_compare(
     if original is not None:
         numbers["changed_by_plan"] = _rms(reference - original, original)
     return numbers
+
+
+def _check_logits(work: Path, reference: np.ndarray, dtype: str, staged: Path) -> float:
+    """Return how far the logits in `work` are from the reference; raise where it is too far."""
+    error, limit = _rms(np.load(work / "logits.npy") - reference, reference), LIMITS[dtype]
+    if not error <= limit:
+        raise VerificationFailed(
+            f"{staged.name}: logits of the loaded checkpoint differ from the hybrid in memory by "
+            f"{error:.2e} of their size; {limit:.0e} is allowed for {dtype}. Nothing was kept."
+        )
+    return error
 
 
 def _kept_tensors(
@@ -120,7 +130,10 @@ def _reference(source: Source, plan: Plan, work: Path) -> dict[str, Any]:
 def run_fresh(
     path: Path, work: Path, *, use_morph: bool, remote_code: bool = False
 ) -> dict[str, Any]:
-    """Load `path` in a process of its own; return its report. `use_morph` allows `import morph`."""
+    """Load `path` in a process of its own; return its report. `use_morph` allows `import morph`.
+
+    With `remote_code` the code in the folder runs; transformers' copy of it goes into `work`.
+    """
     job = {
         "path": str(path.resolve()),
         "ids": str(work / "ids.npy"),
@@ -130,13 +143,15 @@ def run_fresh(
         "remote_code": remote_code,
     }
     script = Path(__file__).resolve().parents[1] / "_fresh.py"
-    _run([sys.executable, "-I", str(script)], job, f"the written checkpoint {path.name}")
+    how = " by its own code, without morph," if remote_code else ""
+    _run([sys.executable, "-I", str(script)], job, f"the written checkpoint {path.name}{how}")
     return _json(work / "report.json")
 
 
 def _run(command: list[str], job: Mapping[str, Any], what: str) -> None:
     done = subprocess.run(  # noqa: S603
         command,
+        env={**os.environ, "HF_MODULES_CACHE": str(Path(job["out"]) / "modules")},
         input=json.dumps(job),
         capture_output=True,
         text=True,
@@ -161,7 +176,11 @@ def _logits(model: nn.Module, ids: Path) -> np.ndarray:
 
 
 def _check_report(
-    report: Mapping[str, Any], plan: Plan, stock: StockTarget | None, staged: Path
+    report: Mapping[str, Any],
+    plan: Plan,
+    stock: StockTarget | None,
+    staged: Path,
+    remote_code: bool = False,
 ) -> None:
     def fail(message: str) -> MorphError:
         return VerificationFailed(f"{staged.name}: {message} Nothing was kept.")
@@ -169,8 +188,8 @@ def _check_report(
     for kind in ("missing", "unexpected", "mismatched"):
         if report[kind]:
             raise fail(f"{len(report[kind])} {kind} tensors, first {escape(report[kind][0])}.")
-    if stock is not None and report["morph_loaded"]:
-        raise fail("the stock check ran with morph loaded.")
+    if (stock is not None or remote_code) and report["morph_loaded"]:
+        raise fail("the check without morph ran with morph loaded.")
     wanted = stock.model_type if stock else f"morph_{plan.model_type}"
     if report["model_type"] != wanted:
         raise fail(f"loaded as {report['model_type']}, not {wanted}.")
@@ -181,7 +200,10 @@ def _check_report(
                 raise fail(f"layer {i} loaded as {kind}, the plan says {plan.layer_types[i]}.")
             continue
         mixers = [] if layer.is_full else [g.mixer for g in layer.groups]
-        if found["mixers"] != mixers:
+        if (found["attention"] == "HybridAttention") != bool(mixers):
+            raise fail(f"layer {i} loaded as {found['attention']}, the plan says {mixers}.")
+        prefix = "morph_mixers_" if remote_code else ""  # the file that stands for the module
+        if found["mixers"] != [prefix + m for m in mixers]:
             raise fail(f"layer {i} has mixers {found['mixers']}, the plan says {mixers}.")
         idle = [j for j in range(len(mixers)) if report["runs"][f"{i}.{j}"] < 1]
         if idle:

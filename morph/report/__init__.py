@@ -120,22 +120,25 @@ def report(
 
     Whatever is not given is left out. `commands` maps a title ("Load it", "Serve it", "Next") to
     code, shown in that order. `training` holds the records of the log: `stage`, `step`, `loss`,
-    `tokens`, `seconds`, as far as present. Raises StorageError where nothing can be written.
+    `tokens`, `seconds`, as far as present. Numbers of `provenance` under a name that ends in
+    " seconds" are listed as costs. Raises StorageError where nothing can be written.
     """
     facts = strict.plain(recipe) if recipe is not None else {}
     blocks = _done_blocks(facts, scores, plan)
     if evaluation:
         blocks += [Heading(text="What it kept"), *_evaluation_blocks(evaluation)]
-    blocks += _cost_blocks(scores, training)
+    known = strict.plain(provenance or {})
+    blocks += _cost_blocks(scores, training, known)
     pictures = _pictures(scores, plan, evaluation, training, _dtype(facts))
     if pictures:
         blocks += [Heading(text="Pictures"), *pictures]
     for n, (title, text) in enumerate((commands or {}).items()):
         blocks += [Heading(text="How to use it")] * (n == 0) + [Code(title=title, text=text)]
-    if provenance:
-        rows = _flat(strict.plain(provenance))
+    rows = _flat({k: v for k, v in known.items() if not _is_cost(k, v)}) if known else []
+    if rows:
         blocks += [Heading(text="Provenance"), Grid(head=("", ""), rows=rows)]
-    title = f"morph: {_model_name(facts, plan)} as a hybrid"
+    name = facts.get("model") or (plan.model_type if plan else "")
+    title = f"morph: {name} as a hybrid" if name else "morph: what was measured"
     files = {"report.html": to_html(title, blocks), "report.md": to_markdown(title, blocks)}
     written: dict[str, bytes] = {name: text.encode() for name, text in files.items()}
     written |= {picture.name: picture.png for picture in pictures}
@@ -213,10 +216,6 @@ def _speed(model: ModelResult, kind: str, n: int) -> str:
 # --- The page -----------------------------------------------------------------------------------
 
 
-def _model_name(facts: Record, plan: Plan | None) -> str:
-    return str(facts.get("model") or (plan.model_type if plan else "a model"))
-
-
 def _dtype(facts: Record) -> str:
     return str(facts.get("dtype") or "bfloat16")
 
@@ -277,32 +276,47 @@ def _evaluation_blocks(evaluation: Evaluation) -> list[Block]:
     return [*blocks, Paragraph(text=text)]
 
 
-def _cost_blocks(scores: Scores | None, training: Sequence[Record]) -> list[Block]:
+def _cost_blocks(
+    scores: Scores | None, training: Sequence[Record], provenance: Record
+) -> list[Block]:
     rows = []
     if scores:
         seconds, count = (scores.provenance.get(k) for k in ("seconds", "tokens"))
-        rows.append([f"score ({scores.selector})", _count(count), _seconds(seconds), "", ""])
+        rows.append([f"scoring by {scores.selector}", _count(count), _count(seconds), "", ""])
+    done = 0.0
     for name, records in _stages(training).items():
         losses = [r["loss"] for r in records if _is_number(r.get("loss"))]
         few = max(1, len(losses) // 10)
         ends = [f"{statistics.fmean(x):.4g}" for x in (losses[:few], losses[-few:]) if x]
-        spent = [_count(_last(records, "tokens")), _seconds(_last(records, "seconds"))]
-        rows.append([name, *spent, *(ends or ["", ""])])
+        counts = [r["tokens"] for r in records if _is_number(r.get("tokens"))] or [0]
+        # A log may count tokens from the start of the run, or of the stage.
+        spent = counts[-1] - (done if counts[0] > done else 0)
+        done = counts[-1]
+        seconds = next((r["seconds"] for r in reversed(records) if "seconds" in r), None)
+        rows.append([name, _count(spent), _count(seconds), *(ends or ["", ""])])
+    for key, value in provenance.items():
+        if _is_cost(key, value):
+            rows.append([str(key).removesuffix(" seconds"), "", _count(value), "", ""])
     if not rows:
         return []
     head = ("stage", "tokens", "seconds", "loss at start", "loss at end")
-    return [Heading(text="What it cost"), Grid(head=head, rows=rows)]
+    used = [n for n in range(len(head)) if n == 0 or any(row[n] for row in rows)]
+    grid = Grid(head=[head[n] for n in used], rows=[[row[n] for n in used] for row in rows])
+    return [Heading(text="What it cost"), grid]
+
+
+def _is_cost(key: str, value: Any) -> bool:
+    return str(key).endswith(" seconds") and _is_number(value)
 
 
 def _stages(training: Sequence[Record]) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for record in training:
-        found.setdefault(f"train ({record.get('stage', 'all')})", []).append(record)
+        stage = record.get("stage", 0)
+        label = str(stage + 1 if isinstance(stage, int) else stage)
+        name = f": {record['name']}" if "name" in record else ""
+        found.setdefault(f"stage {label}{name}", []).append(record)
     return found
-
-
-def _last(records: Sequence[Record], key: str) -> Any:
-    return next((r[key] for r in reversed(records) if key in r), None)
 
 
 def _is_number(value: Any) -> bool:
@@ -310,11 +324,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _count(value: Any) -> str:
-    return f"{value:,}" if _is_number(value) else ""
-
-
-def _seconds(value: Any) -> str:
-    return f"{value:,.0f}" if _is_number(value) else ""
+    return (
+        f"{value:,.{0 if value >= 10 or value == int(value) else 1}f}" if _is_number(value) else ""
+    )
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
