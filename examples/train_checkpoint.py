@@ -75,7 +75,7 @@ PHASES = (
     (
         Stage(steps=100, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
         Stage(steps=150, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2, local=0.1),
-        Stage(steps=550, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2),
+        Stage(steps=400, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2),
     ),
 )
 
@@ -420,6 +420,11 @@ def save_checkpoint(out: str, model, tokenizer, log: list) -> None:
     half.save_pretrained(fresh)
     model.config._attn_implementation = "train_attention"
     tokenizer.save_pretrained(fresh)
+    described = json.loads((fresh / "tokenizer_config.json").read_text())
+    # The name that transformers 4 and 5 both know.
+    described["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (fresh / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    (fresh / "model.safetensors").chmod(0o644)
     lines = ",\n".join(json.dumps(line) for line in log)
     (fresh / "training_log.json").write_text(f"[\n{lines}\n]\n")
     card = Path(out) / "README.md"

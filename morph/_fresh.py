@@ -30,7 +30,10 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     model, info = AutoModelForCausalLM.from_pretrained(
-        job["path"], dtype="auto", output_loading_info=True, trust_remote_code=job["remote_code"]
+        job["path"],
+        dtype=getattr(torch, job["dtype"], "auto"),
+        output_loading_info=True,
+        trust_remote_code=job["remote_code"],
     )
     model.eval()
     runs: dict[str, int] = {}

@@ -25,7 +25,7 @@ def main() -> None:
 
     out = Path(job["out"])
     source = open_source(job["path"], job["family"])
-    model = source.model("auto")
+    model = source.model(job["dtype"])
     ids = torch.from_numpy(np.load(job["ids"]))
 
     def logits() -> np.ndarray:

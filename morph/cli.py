@@ -159,7 +159,7 @@ def env(as_json: Json = False) -> None:
 @app.command()
 def inspect(
     model: Model,
-    health: Annotated[bool, typer.Option(help="Read all weights and look for NaN.")] = False,
+    health: Annotated[bool, typer.Option("--health", help="Read all weights and look for NaN.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show layers, mixers, heads, dtypes, ties, bytes and health of a checkpoint."""
@@ -173,7 +173,7 @@ def inspect(
 
 @app.command()
 def check(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or a shipped name.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or shipped name.")],
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -188,7 +188,8 @@ def check(
     else:
         typer.echo(schema.dumps(found), nl=False)
     terminal.say(f"{recipe}: valid")
-    terminal.next_command(["run", recipe, *(x for s in sets or () for x in ("--set", s))])
+    more = [] if found.out else ["--out", f"{Path(recipe).stem}-run"]
+    terminal.next_command(["run", recipe, *more, *(x for s in sets or () for x in ("--set", s))])
 
 
 def _recipe(
@@ -279,7 +280,7 @@ def plan(
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="A scores.json.")],
     model: Annotated[
         str,
-        typer.Option("--model", metavar="MODEL", help="The scored model. Swaps need it and --data."),
+        typer.Option("--model", metavar="MODEL", help="The scored model; swaps need --data."),
     ],
     budget: BudgetOption = None,
     mixer: MixerOption = None,
@@ -360,10 +361,10 @@ def convert(
         replace=_units(replace),
         verify_swaps=None if not no_swaps else False,
     )
+    if plan_file is not None:
+        _planned(selector, budget, mixer, granularity, keep, replace, sets, no_swaps)
     if dry_run:
-        return terminal.emit(
-            pipeline.dry_run(recipe, plan_file), as_json, terminal.pairs
-        )
+        return terminal.emit(pipeline.dry_run(recipe, plan_file), as_json, terminal.plan)
     found = pipeline.convert_command(
         recipe,
         out,
@@ -375,6 +376,15 @@ def convert(
     )
     terminal.emit(found, as_json, terminal.written)
     terminal.next_command(_next.after_convert(recipe, out))
+
+
+def _planned(*given: Any) -> None:
+    """Refuse flags that choose, where a plan has chosen."""
+    if any(given):
+        raise UsageError(
+            "--plan says which layers are replaced, and by what: leave out --selector, --budget, "
+            "--mixer, --granularity, --keep, --replace, --no-swaps and --set, or leave out --plan."
+        )
 
 
 @app.command()
@@ -466,13 +476,13 @@ def verify(
     from morph import pipeline
 
     found = pipeline.verify_command(path, against, say=terminal.say)
-    terminal.emit(found, as_json, terminal.pairs)
+    terminal.emit(found, as_json, terminal.verified)
     terminal.next_command(["inspect", str(path)])
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or a shipped name.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or shipped name.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="For everything that the run makes."),
@@ -482,7 +492,7 @@ def run(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Do all of a recipe: score, plan, convert, distil, evaluate, report; the same command resumes."""
+    """Do all of a recipe, from scores to report; the same command resumes."""
     from morph import pipeline
     from morph.recipes import schema
 

@@ -63,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Medians over rounds. The ratios compare with the first model of the call, round by round."""
+    """Medians over rounds, by the wall clock unless named CPU; ratios are to the first model."""
 
     length: int
     decode_tokens: int
@@ -130,6 +130,10 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     settings: Evaluate = field(default_factory=Evaluate)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise DataError("an evaluation needs at least one model, the source first.")
 
 
 def dumps(evaluation: Evaluation) -> str:

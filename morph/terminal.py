@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,9 @@ def emit(value: Any, as_json: bool, pretty: Callable[[Any], None]) -> None:
         pretty(value)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 99) -> None:
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: int = 99
+) -> None:
     """Print a table; columns from index `right` on are right-aligned, none is cut off."""
     from rich.table import Table
     from rich.text import Text
@@ -254,7 +257,8 @@ def plan(found: Mapping[str, Any]) -> None:
     told = {k: v for k, v in found.items() if k not in ("cache_bytes", "load", "serve")}
     for name, entry in (found.get("cache_bytes") or {}).items():
         before, after = entry["source"], entry["hybrid"]
-        told[f"cache at {name}"] = f"{size(after)} of {size(before)} ({after / before:.2f}x, 16 bit)"
+        share = f"{after / before:.2f}x, 16 bit"
+        told[f"cache at {name}"] = f"{size(after)} of {size(before)} ({share})"
     pairs(told)
 
 
@@ -268,6 +272,19 @@ def written(found: Mapping[str, Any]) -> None:
     )
     plan(told)
     _use(found)
+
+
+def verified(found: Mapping[str, Any]) -> None:
+    """Print `morph verify`: the files, and, where a source was named, what is computed."""
+    told = {k: found[k] for k in ("manifest", "tensors")} | {"bytes": size(found["bytes"])}
+    if "logit_error" in found:
+        told["class"] = found["class"]
+        told["tensors equal to the source, byte by byte"] = found["tensors_byte_equal"]
+        told["logits differ from the hybrid in memory by"] = (
+            f"{found['logit_error']:.1e} of their size ({found['limit']:.0e} is allowed)"
+        )
+        told["logits differ from the source by"] = found.get("changed_by_plan")
+    pairs(told)
 
 
 def _use(found: Mapping[str, Any]) -> None:
@@ -294,32 +311,64 @@ def run(found: Mapping[str, Any]) -> None:
 
 @contextmanager
 def training() -> Iterator[Callable[[Any], None]]:
-    """Show training progress on stderr: loss, tokens a second, time left."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    """Show training progress on stderr: loss, tokens a second, time left.
 
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=_console(stderr=True),
-        transient=False,
-    )
-    tasks: dict[str, Any] = {}
-
-    def update(event: Any) -> None:
-        if event.kind != "step":
-            return
-        if not tasks:
-            progress.start()
-        name = f"{event.stage + 1} {event.name}"
-        if name not in tasks:
-            tasks[name] = progress.add_task(name, total=event.steps, note="")
-        note = f"loss {event.loss:.4g}  {event.tokens_per_second:,.0f} tok/s"
-        progress.update(tasks[name], completed=event.step, note=note)
-
+    A bar for people; into a file or a pipe a line at the end of every stage and every half minute.
+    """
+    shown = _Bar() if sys.stderr.isatty() else _Lines()
     try:
-        yield update
+        yield lambda event: shown.update(event) if event.kind == "step" else None
     finally:
-        if tasks:
-            progress.stop()
+        shown.stop()
+
+
+class _Lines:
+    """Progress as lines."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def update(self, event: Any) -> None:
+        now = time.monotonic()
+        if event.step < event.steps and now - self.last < 30:
+            return
+        self.last = now
+        left = max(event.steps - event.step, 0) * event.tokens / max(event.step, 1)
+        minutes = left / max(event.tokens_per_second, 1e-9) / 60
+        say(
+            f"{event.stage + 1} {event.name}: step {event.step} of {event.steps}, "
+            f"loss {event.loss:.4g}, {event.tokens_per_second:,.0f} tokens/s, {minutes:.0f} min left"
+        )
+
+    def stop(self) -> None:
+        pass
+
+
+class _Bar:
+    """Progress as one bar per stage."""
+
+    def __init__(self) -> None:
+        self.progress: Any = None
+
+    def update(self, event: Any) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self.progress is None:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=_console(stderr=True),
+            )
+            self.progress.add_task(f"{event.stage + 1} {event.name}", total=event.steps, note="")
+            self.progress.start()
+        note = f"loss {event.loss:.4g}  {event.tokens_per_second:,.0f} tokens/s"
+        self.progress.update(0, completed=event.step, note=note)
+        if event.step == event.steps:
+            self.stop()
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

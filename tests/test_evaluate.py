@@ -359,7 +359,8 @@ def test_evaluation_survives_json():
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"models": [], "modells": 1}', '{"models": [{"name": 3}]}']
+    "text",
+    ["{", "[]", '{"models": []}', '{"models": [], "modells": 1}', '{"models": [{"name": 3}]}'],
 )
 def test_broken_json_is_refused(text):
     with pytest.raises(DataError):

@@ -91,9 +91,7 @@ def plan_of(model_type, groups):
     last = shape.candidates[-len(groups) :] or range(shape.num_hidden_layers)
     for i, layer in zip(last, groups, strict=False):
         layers[i] = LayerPlan(groups=layer)
-    return surgery.resolve_costs(
-        Plan(model_type=model_type, geometry=shape, layers=tuple(layers))
-    )
+    return surgery.resolve_costs(Plan(model_type=model_type, geometry=shape, layers=tuple(layers)))
 
 
 def sinks(heads=range(6)):
@@ -372,11 +370,11 @@ def test_convert_compares_the_remote_code_too(tmp_path, monkeypatch):
         files = real(family, config)
         data = files["morph_mixers_decay.py"]
         assert b"scale=self.shape.scale" in data
-        changed = data.replace(b"scale=self.shape.scale", b"scale=2 * self.shape.scale")
+        changed = data.replace(b"scale=self.shape.scale", b"scale=-self.shape.scale")
         return {**files, "morph_mixers_decay.py": changed}
 
     monkeypatch.setattr(_remote, "files", wrong)
-    with pytest.raises(VerificationFailed, match="differ from the hybrid"):
+    with pytest.raises(VerificationFailed, match="by its own code: logits .* differ"):
         morph.convert(source, tmp_path / "bad", plan, **options)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("bad")]
     assert not (tmp_path / "home" / "modules").exists()

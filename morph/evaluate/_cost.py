@@ -51,22 +51,22 @@ def speeds(
     for turn in range(rounds):
         for name, source in models.items():
             times[name].append(_turn(source, length, decode_tokens, seed + turn))
-    base = next(iter(times.values()), [])
-    found = {}
-    for name, rows in times.items():
-        wall_prefill, wall_decode, cpu_prefill, cpu_decode = map(statistics.median, zip(*rows))
-        found[name] = Speed(
+    medians = {name: tuple(map(statistics.median, zip(*rows))) for name, rows in times.items()}
+    first = next(iter(medians.values()), ())
+    return {
+        name: Speed(
             length=length,
             decode_tokens=decode_tokens,
             rounds=rounds,
-            prefill_tokens_per_second=length / wall_prefill,
-            decode_tokens_per_second=decode_tokens / wall_decode,
-            prefill_cpu_seconds=cpu_prefill,
-            decode_cpu_seconds=cpu_decode,
-            prefill_ratio=statistics.median(b[0] / r[0] for b, r in zip(base, rows)),
-            decode_ratio=statistics.median(b[1] / r[1] for b, r in zip(base, rows)),
+            prefill_tokens_per_second=length / prefill,
+            decode_tokens_per_second=decode_tokens / decode,
+            prefill_cpu_seconds=prefill_cpu,
+            decode_cpu_seconds=decode_cpu,
+            prefill_ratio=first[0] / prefill,
+            decode_ratio=first[1] / decode,
         )
-    return found
+        for name, (prefill, decode, prefill_cpu, decode_cpu) in medians.items()
+    }
 
 
 def _turn(source: Source, length: int, decode_tokens: int, seed: int) -> tuple[float, ...]:

@@ -6,16 +6,17 @@ Importing this loads no torch; stages that need it load it.
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morph import checkpoint
 from morph import plan as planning
-from morph.errors import MismatchError, OutputExists, RecipeError, UsageError, escape
+from morph.errors import MismatchError, OutputExists, RecipeError, UsageError, escape, nearest
 from morph.pipeline import _data, _select
 from morph.pipeline._source import Say, Source, open_source, quiet
 from morph.plan import Plan, Scores
@@ -55,9 +56,14 @@ def environment() -> dict[str, Any]:
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     from morph import registry
 
+    sizes = {"B": 1, "T": 4, "H": 2, "G": 1, "K": 8, "V": 8}
     for name in registry.names("kernels"):
         kernel = registry.load("kernels", name)
-        found[f"kernel {name}"] = getattr(kernel, "__doc__", "").splitlines()[0]
+        inputs = kernel.example(**sizes, dtype=torch.float32, generator=torch.Generator())
+        reasons = {path: kernel.unsupported(path, **inputs) for path in kernel.PATHS}
+        found[f"kernel {name}"] = ", ".join(
+            f"{path}: {reason or 'runs here'}" for path, reason in reasons.items()
+        )
     return found
 
 
@@ -68,15 +74,30 @@ def _installed(name: str) -> str:
         return "not installed"
 
 
-def write_result(path: Path, text: str, force: bool) -> None:
-    """Write a small result file whole or not at all; raise OutputExists unless `force`."""
-    if path.exists() and not force:
-        raise OutputExists(f"{path} exists. Give another --out, or --force to replace it.")
+def check_result(path: Path, force: bool, inputs: Sequence[Path | str] = ()) -> None:
+    """Raise where a small result file may not be written, before anything is computed for it."""
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is no folder; make it first, or give another --out.")
+    for given in map(Path, inputs):
+        if given.is_dir() and given.resolve() in path.resolve().parents:
+            raise OutputExists(f"{path} lies inside the input {given}. Give another --out.")
+        if path.exists() and given.exists() and os.path.samefile(path, given):
+            raise OutputExists(f"{path} is the input. Give another --out.")
+    if path.is_dir():
+        raise OutputExists(f"{path} is a folder; --out names a file here.")
+    if path.exists() and not force:
+        raise OutputExists(f"{path} exists. Give another --out, or --force to replace it.")
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a small result file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _corpus(recipe: Recipe, source: Source, root: Path | None = None) -> _data.Corpus | None:
@@ -89,9 +110,8 @@ def score_command(
     recipe: Recipe, out: Path, *, force: bool = False, say: Say = quiet
 ) -> Scores:
     """Score the recipe's model and write scores.json."""
-    if out.exists() and not force:
-        raise OutputExists(f"{out} exists. Give another --out, or --force to replace it.")
     source = open_source(recipe.model, recipe.family)
+    check_result(out, force, [source.path, *recipe.data.text])
     found = _select.score(
         source,
         recipe.select,
@@ -101,7 +121,7 @@ def score_command(
         dtype=recipe.dtype,
         say=say,
     )
-    write_result(out, planning.dumps(found), force)
+    write_result(out, planning.dumps(found))
     say(f"wrote {out}")
     return found
 
@@ -111,6 +131,7 @@ def plan_command(
 ) -> dict[str, Any]:
     """Turn scores into plan.json; return what people want to know of it."""
     source = open_source(recipe.model, recipe.family)
+    check_result(out, force, [source.path, scores, *recipe.data.text])
     found = _select.read_scores(scores)
     made, swaps = _select.make_plan(
         found,
@@ -122,9 +143,9 @@ def plan_command(
         dtype=recipe.dtype,
         say=say,
     )
-    write_result(out, planning.dumps(made), force)
+    write_result(out, planning.dumps(made))
     say(f"wrote {out}")
-    return {**describe(made), **({"swaps": swaps} if swaps else {})}
+    return {**describe(made), "swaps": swaps or None}
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -141,37 +162,38 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def dry_run(recipe: Recipe, plan_file: Path | None = None, root: Path | None = None) -> dict[str, Any]:
-    """Return what a command would do: plan limits, cache bytes, tokens; nothing is loaded or written."""
+def dry_run(
+    recipe: Recipe, plan_file: Path | None = None, root: Path | None = None
+) -> dict[str, Any]:
+    """Return what a command would do: limits, cache bytes, tokens. No weight is read."""
     source = open_source(_model_path(recipe.model, root), recipe.family)
     if plan_file is not None:
-        return describe(_select.read_plan(plan_file))
+        from morph import surgery
+
+        made = _select.read_plan(plan_file)
+        _select.check_plan(made, source)
+        return describe(surgery.resolve_costs(made))
     shape = source.geometry
-    blank = Scores(
-        selector="dry_run",
-        model_type=source.family.model_type,
-        granularity=recipe.select.granularity,
-        values=tuple(
-            (0.0,) * shape.units(recipe.select.granularity)
-            for _ in range(shape.num_hidden_layers)
-        ),
-        unit="none",
-    )
-    kept = planning.choose_units(blank, _select.budget_of(recipe.select), geometry=shape)
-    units = len(shape.candidates) * shape.units(recipe.select.granularity)
+    kept = _select.kept_count(source, recipe.select)
+    width = shape.units(recipe.select.granularity)
     per_token = 2 * shape.entry_elements() * shape.num_key_value_heads
+    tokens = sum(stage.tokens for stage in recipe.distill)
+    parameters = sum(math.prod(info.shape) for info in source.checkpoint.tensors.values())
     return {
         "model": str(source.path),
         "family": source.family.model_type,
         "layers": shape.num_hidden_layers,
-        "weights": source.checkpoint.nbytes,
+        "weight_bytes": source.checkpoint.nbytes,
         "selector": recipe.select.selector,
-        "keeps full": f"{len(kept)} of {units} ({recipe.select.granularity})",
+        "granularity": recipe.select.granularity,
+        "kept_full": kept,
+        "candidates": len(shape.candidates) * width,
         "mixer": recipe.mixer.name,
-        "full cache a token": f"{per_token * len(shape.candidates):,} bytes",
-        "calibration tokens": recipe.select.examples * recipe.select.seq_len,
-        "distillation tokens": sum(s.tokens for s in recipe.distill),
-        "distillation FLOPs": f"{8 * source.checkpoint.nbytes // 4 * sum(s.tokens for s in recipe.distill):.3g}",
+        "full_cache_bytes_per_token": per_token * len(shape.candidates),
+        "kept_cache_bytes_per_token": per_token * kept // width,
+        "calibration_tokens": recipe.select.examples * recipe.select.seq_len,
+        "distillation_tokens": tokens,
+        "distillation_flops": 8 * parameters * tokens,  # teacher and student, and the backward pass
     }
 
 
@@ -188,13 +210,16 @@ def convert_command(
     """Write the hybrid of the recipe's model; score and plan first where no plan is given."""
     from morph.pipeline import _convert
 
-    if target not in ("auto", "stock", "package"):
-        raise UsageError(f"--target {escape(target)!r} is unknown: auto, stock or package.")
+    _check_target(target)
     source = open_source(recipe.model, recipe.family)
     checkpoint.check_output(out, [source.path], force)
     found, swaps = None, {}
     if plan_file is not None:
+        from morph import surgery
+
         made = _select.read_plan(plan_file)
+        _select.check_plan(made, source)
+        made = surgery.resolve_costs(made)
     else:
         found, made, swaps = _chosen(recipe, source, say)
     written = _convert.convert(
@@ -208,6 +233,15 @@ def convert_command(
         say=say,
     )
     return _tell(written, made)
+
+
+def _check_target(target: str) -> None:
+    allowed = ("auto", "stock", "package")
+    if target not in allowed:
+        raise UsageError(
+            f"--target {escape(target)!r} is unknown.{nearest(target, allowed)} "
+            f"There are: {', '.join(allowed)}."
+        )
 
 
 def _chosen(
@@ -262,6 +296,7 @@ def distill_command(
     """Distil a written hybrid from its source and write the result; state lives beside `out`."""
     from morph.pipeline import _convert, _train
 
+    _check_target(target)
     source = open_source(recipe.model, recipe.family)
     given = checkpoint.Checkpoint.open(checkpoint.resolve(hybrid), strict=False)
     checkpoint.check_output(out, [source.path, given.path], force)
@@ -284,6 +319,15 @@ def distill_command(
         say=say,
     )
     return _tell(written, made)
+
+
+def was_distilled(path: Path) -> bool:
+    """Return True for a folder whose morph.json tells of a distillation."""
+    file = path / "morph.json"
+    found = checkpoint.load_json(file.read_bytes(), str(file)) if file.is_file() else {}
+    told = found.get("provenance") if isinstance(found, dict) else None
+    recipe = told.get("recipe") if isinstance(told, dict) else None
+    return bool(told and told.get("distill") or isinstance(recipe, dict) and recipe.get("distill"))
 
 
 def plan_of_folder(path: Path) -> Plan:
@@ -311,21 +355,32 @@ def evaluate_command(
     from morph import evaluation as evaluations
     from morph.pipeline import _measure
 
+    if out is not None:
+        _check_folder(out, [model, *([source] if source else [])])
     found = _measure.compare(recipe, model, source, say=say)
     if out is not None:
         from morph import report
 
         out.mkdir(parents=True, exist_ok=True)
-        write_result(out / "evaluation.json", evaluations.dumps(found), True)
+        write_result(out / "evaluation.json", evaluations.dumps(found))
         paths = report.report(out, evaluation=found)
         say(f"wrote {', '.join(map(str, paths[:2]))}")
     return found
 
 
+def _check_folder(out: Path, inputs: Sequence[str]) -> None:
+    """Raise OutputExists where a folder for reports is a file, or lies in what is measured."""
+    if out.exists() and not out.is_dir():
+        raise OutputExists(f"{out} is a file; --out names a folder here.")
+    for given in map(Path, inputs):
+        here = given.resolve()
+        if given.is_dir() and here in (out.resolve(), *out.resolve().parents):
+            raise OutputExists(f"{out} is, or lies inside, the input {given}. Write elsewhere.")
+
+
 def verify_command(path: Path, against: str | None, *, say: Say = quiet) -> dict[str, Any]:
     """Check manifest and structure; with `against`, load both in fresh processes and compare."""
-    checkpoint.verify(path)
-    opened = checkpoint.Checkpoint.open(path)
+    opened = checkpoint.verify(path)
     told: dict[str, Any] = {
         "manifest": "every file is as it was written",
         "tensors": len(opened.tensors),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from morph import checkpoint, plan as planning, strict
-from morph.errors import MismatchError, UsageError, escape
+from morph.errors import UsageError, escape
 from morph.families import _stock
 from morph.families._family import Move, StockTarget
 from morph.pipeline import _verify
+from morph.pipeline._select import check_plan
 from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
 from morph.plan import Plan
 
@@ -63,8 +65,7 @@ def convert(
 
     start = time.perf_counter()
     refuse_hybrid(source, "convert")
-    if plan.geometry != source.geometry:
-        raise MismatchError(f"the plan was made for {plan.geometry}; the model is {source.geometry}.")
+    check_plan(plan, source)
     if not plan.replaced_layers:
         raise UsageError("the plan replaces nothing: every layer stays full. Nothing to convert.")
     checkpoint.check_output(Path(out), [source.path], force)
@@ -82,7 +83,7 @@ def convert(
     verdict: dict[str, Any] = {}
 
     def check(staged: Path) -> None:
-        say(f"verifying in a fresh process: {staged.name}")
+        say("verifying: loading it in a fresh process, comparing tensors, layers and logits")
         verdict.update(
             _verify.load_and_compare(
                 source, plan, staged, stock, moves, set(new) | set(replaced), student, with_code
@@ -184,11 +185,13 @@ def trained_names(student: nn.Module) -> set[str]:
 
 
 def _bytes(tensor: Any, code: str) -> tuple[str, tuple[int, ...], bytes]:
-    """Return a tensor as (safetensors dtype, shape, bytes), rounded once to that dtype."""
+    """Return a tensor as (safetensors dtype, shape, bytes), rounded once, in memory too."""
     import torch
 
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
     dtype = dtypes.get(code, torch.bfloat16)
+    with torch.no_grad():
+        tensor.copy_(tensor.to(dtype))  # what is in memory is now what is stored
     flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
     code = code if code in dtypes else "BF16"
     return code, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
@@ -196,7 +199,7 @@ def _bytes(tensor: Any, code: str) -> tuple[str, tuple[int, ...], bytes]:
 
 def _serve(stock: StockTarget | None, out: str | Path, with_code: bool) -> str:
     if stock is not None:
-        return stock.serve.format(path=out)
+        return stock.serve.format(path=shlex.quote(str(out)))
     how = "trust_remote_code=True" if with_code else "import morph"
     return f"no server runs this plan yet; load it in Python with `{how}`"
 

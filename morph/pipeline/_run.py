@@ -110,6 +110,7 @@ def run(
     paths = _report(state, scores, plan, found, serve)
     return {
         "evaluation": found,
+        "model": name,
         "pattern": plan.pattern,
         "checkpoint": str(folder / "checkpoint"),
         "report": str(paths[0]),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morph import plan as planning
 from morph import registry, strict
-from morph.errors import PlanError
+from morph.errors import MismatchError, PlanError, escape
 from morph.pipeline import _data
 from morph.pipeline._source import Say, Source, quiet, refuse_hybrid
 from morph.plan import Budget, Plan, Scores
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def budget_of(section: Select) -> Budget:
-    """Return the Budget that a select section names; raise PlanError where it contradicts itself."""
+    """Return the Budget of a select section; raise PlanError where it contradicts itself."""
     return Budget.parse(
         section.budget,
         keep=section.keep,
@@ -52,6 +52,7 @@ def score(
     from morph import surgery
 
     refuse_hybrid(source, "score")
+    kept_count(source, section)  # a limit that cannot be met is refused before anything runs
     module = registry.load("selectors", section.selector)
     options = _options(module, section, source)
     batches: list[Batch] = []
@@ -92,17 +93,21 @@ def _options(module: Any, section: Select, source: Source) -> Any:
         module.Options, section.options, f"selector {section.selector}", PlanError
     )
     if getattr(options, "count", 0) is None:
-        width = source.geometry.units(section.granularity)
-        blank = Scores(
-            selector="count",
-            model_type=source.family.model_type,
-            granularity=section.granularity,
-            values=tuple((0.0,) * width for _ in range(source.geometry.num_hidden_layers)),
-            unit="none",
-        )
-        kept = planning.choose_units(blank, budget_of(section), geometry=source.geometry)
-        options = replace(options, count=len(kept))
+        options = replace(options, count=kept_count(source, section))
     return options
+
+
+def kept_count(source: Source, section: Select) -> int:
+    """Return how many units the budget keeps; raise PlanError where the model cannot meet it."""
+    width = source.geometry.units(section.granularity)
+    blank = Scores(
+        selector="count",
+        model_type=source.family.model_type,
+        granularity=section.granularity,
+        values=tuple((0.0,) * width for _ in range(source.geometry.num_hidden_layers)),
+        unit="none",
+    )
+    return len(planning.choose_units(blank, budget_of(section), geometry=source.geometry))
 
 
 def _blind(probe: Any, batches: Sequence[Batch]) -> str:
@@ -144,13 +149,17 @@ def make_plan(
     from morph import surgery
 
     budget = budget_of(section)
-    if scores.model_type != source.family.model_type:
-        raise PlanError(
-            f"the scores are of a {scores.model_type}, the model is a {source.family.model_type}."
-        )
+    _check_scores(scores, source)
     keep = planning.choose_units(scores, budget, geometry=source.geometry)
+    made_for = scores.provenance.get("selector_options", {}).get("count")
+    if made_for not in (None, len(keep)):
+        say(
+            f"warning: {scores.selector} placed {made_for} units, the budget keeps {len(keep)}; "
+            "score again with this budget."
+        )
     report: dict[str, Any] = {}
-    if section.verify_swaps and corpus is not None and section.selector not in ("uniform", "random"):
+    chosen_blindly = scores.selector in ("uniform", "random")
+    if section.verify_swaps and corpus is not None and not chosen_blindly:
         from morph.selectors import _common
 
         batches = _data.calibration(section, corpus, source.tokenizer(), seed)
@@ -179,6 +188,36 @@ def make_plan(
         cache=cache,
     )
     return surgery.resolve_costs(plan), report
+
+
+def _check_scores(scores: Scores, source: Source) -> None:
+    """Raise MismatchError where scores were measured on another model."""
+    if scores.model_type != source.family.model_type:
+        raise MismatchError(
+            f"the scores are of a {escape(scores.model_type)}, the model is a "
+            f"{source.family.model_type}. Score this model first."
+        )
+    scored = scores.provenance.get("model_sha256")
+    if scored is not None and scored != source.checkpoint.fingerprint:
+        raise MismatchError(
+            f"the scores are of another model ({escape(scores.provenance.get('model'))}) than "
+            f"{source.path}: weights or config differ. Score this model first."
+        )
+
+
+def check_plan(plan: Plan, source: Source) -> None:
+    """Raise MismatchError naming the first thing in which plan and source differ."""
+    if plan.model_type != source.family.model_type:
+        raise MismatchError(
+            f"the plan is for a {escape(plan.model_type)}, the model is a "
+            f"{source.family.model_type}."
+        )
+    for field in fields(plan.geometry):
+        wanted, found = getattr(plan.geometry, field.name), getattr(source.geometry, field.name)
+        if wanted != found:
+            raise MismatchError(
+                f"the plan is for another model: its {field.name} is {wanted}, the model's {found}."
+            )
 
 
 def _pinned(pins: Sequence[Any], width: int) -> set[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import numpy as np
 
 from morph import checkpoint
 from morph import plan as planning
-from morph.errors import MorphError, VerificationFailed, escape
+from morph.errors import MismatchError, MorphError, VerificationFailed, escape
 from morph.families._family import Move, StockTarget
 from morph.pipeline._source import Source
 from morph.plan import Plan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+SMALL = 512 * 2**20  # bytes of weights up to which both sides compute in float32
 KEEP = 32  # logits of the last tokens: they have seen the most
 # RMS of the difference over RMS of the reference; bf16 and fp16 round differently per algorithm
 LIMITS = {"float32": 1e-5, "float64": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
@@ -52,19 +54,21 @@ def load_and_compare(
     with tempfile.TemporaryDirectory(prefix="morph-verify-") as folder:
         work = Path(folder)
         np.save(work / "ids.npy", probe_ids(source, plan))
+        dtype = compute_dtype(source, student)
         extra: dict[str, Any] = {}
         if student is None:
-            extra = _reference(source, plan, work)
+            extra = _reference(source, plan, work, dtype)
             reference, original = np.load(work / "hybrid.npy"), np.load(work / "source.npy")
         else:
             reference, original = _logits(student, work / "ids.npy"), None
-        report = run_fresh(staged, work, use_morph=stock is None)
+        report = run_fresh(staged, work, use_morph=stock is None, dtype=dtype)
         _check_report(report, plan, stock, staged)
-        error = _check_logits(work, reference, report["dtype"], staged)
+        error = _check_logits(work, reference, report["dtype"], staged.name)
         if remote_code:
-            bare = run_fresh(staged, work, use_morph=False, remote_code=True)
+            bare = run_fresh(staged, work, use_morph=False, dtype=dtype, remote_code=True)
             _check_report(bare, plan, None, staged, remote_code=True)
-            extra["remote_code_error"] = _check_logits(work, reference, bare["dtype"], staged)
+            what = f"{_shown(staged)} by its own code"
+            extra["remote_code_error"] = _check_logits(work, reference, bare["dtype"], what)
     numbers = {
         "logit_error": error,
         "limit": LIMITS[report["dtype"]],
@@ -81,15 +85,68 @@ def load_and_compare(
     return numbers
 
 
-def _check_logits(work: Path, reference: np.ndarray, dtype: str, staged: Path) -> float:
+def compute_dtype(source: Source, student: nn.Module | None) -> str:
+    """Return the dtype in which both sides compute: float32 where memory allows, else as stored.
+
+    Stored 16-bit weights are exact in float32, and there a wrong mask cannot hide in rounding.
+    """
+    if student is not None:
+        return str(next(student.parameters()).dtype).removeprefix("torch.")
+    return "float32" if source.checkpoint.nbytes <= SMALL else "auto"
+
+
+def against(source: Source, path: Path, plan: Plan) -> dict[str, Any]:
+    """Compare the written folder `path` with the source it was made of, as `convert` did.
+
+    Trained tensors of a distilled hybrid may differ from the source; the logits of what is stored
+    must be those of the same tensors put into the source's own model. Raises MismatchError where
+    source and folder do not belong together, VerificationFailed where the folder is not right.
+    """
+    from morph import surgery
+    from morph.families import _stock
+    from morph.pipeline import _train, was_distilled
+    from morph.pipeline._select import check_plan
+
+    check_plan(plan, source)
+    given = checkpoint.Checkpoint.open(path)
+    stock, moves = None, None
+    if not str(given.config["model_type"]).startswith("morph_"):
+        stock, reasons = _stock.pick(source.family, source.checkpoint.config, plan)
+        if stock is None or stock.model_type != given.config["model_type"]:
+            raise MismatchError(
+                f"{escape(path)} is a {escape(given.config['model_type'])}; morph does not write "
+                f"this plan of a {source.family.model_type} so. {' '.join(reasons)}"
+            )
+    own = set(surgery.own_parameter_names(source.family, plan))
+    if stock is not None and stock.moves:
+        names = tuple(sorted({*source.checkpoint.tensors, *own}))
+        moves = stock.moves(source.checkpoint.config, plan, names)
+    student, changed = None, own
+    if was_distilled(path):
+        student = _train.student_of(
+            source.model(compute_dtype(source, None)), plan, source, given
+        )
+        changed = set(given.tensors) | set(source.checkpoint.tensors)
+    try:
+        return load_and_compare(source, plan, path, stock, moves, changed, student)
+    except VerificationFailed as error:  # here nothing was about to be kept
+        raise VerificationFailed(str(error).removesuffix(" Nothing was kept.")) from error
+
+
+def _check_logits(work: Path, reference: np.ndarray, dtype: str, what: str) -> float:
     """Return how far the logits in `work` are from the reference; raise where it is too far."""
     error, limit = _rms(np.load(work / "logits.npy") - reference, reference), LIMITS[dtype]
     if not error <= limit:
         raise VerificationFailed(
-            f"{staged.name}: logits of the loaded checkpoint differ from the hybrid in memory by "
+            f"{what}: logits of the loaded checkpoint differ from the hybrid in memory by "
             f"{error:.2e} of their size; {limit:.0e} is allowed for {dtype}. Nothing was kept."
         )
     return error
+
+
+def _shown(folder: Path) -> str:
+    """Return the name a user gave: without what the hidden folder it is checked in adds."""
+    return escape(re.sub(r"^\.(.+)\.partial-\d+-[0-9a-f]+$", r"\1", folder.name))
 
 
 def _kept_tensors(
@@ -101,7 +158,7 @@ def _kept_tensors(
     wrong = [n for n in differ if n not in changed and _source_of(n, moves) not in changed]
     if wrong:
         raise VerificationFailed(
-            f"{staged.name}: tensor {escape(wrong[0])} should be untouched, but its bytes differ "
+            f"{_shown(staged)}: tensor {escape(wrong[0])} should be untouched, but its bytes differ "
             f"from the source ({len(wrong)} such tensors)."
         )
     return len(equal)
@@ -113,8 +170,9 @@ def _source_of(target: str, moves: list[Move] | None) -> str | None:
     return next((m.source for m in moves if m.target == target), None)
 
 
-def _reference(source: Source, plan: Plan, work: Path) -> dict[str, Any]:
+def _reference(source: Source, plan: Plan, work: Path, dtype: str) -> dict[str, Any]:
     job = {
+        "dtype": dtype,
         "path": str(source.path.resolve()),
         "family": source.family.model_type,
         "plan": planning.dumps(plan),
@@ -128,7 +186,7 @@ def _reference(source: Source, plan: Plan, work: Path) -> dict[str, Any]:
 
 
 def run_fresh(
-    path: Path, work: Path, *, use_morph: bool, remote_code: bool = False
+    path: Path, work: Path, *, use_morph: bool, dtype: str = "auto", remote_code: bool = False
 ) -> dict[str, Any]:
     """Load `path` in a process of its own; return its report. `use_morph` allows `import morph`.
 
@@ -136,6 +194,7 @@ def run_fresh(
     """
     job = {
         "path": str(path.resolve()),
+        "dtype": dtype,
         "ids": str(work / "ids.npy"),
         "keep": KEEP,
         "out": str(work),
@@ -144,7 +203,7 @@ def run_fresh(
     }
     script = Path(__file__).resolve().parents[1] / "_fresh.py"
     how = " by its own code, without morph," if remote_code else ""
-    _run([sys.executable, "-I", str(script)], job, f"the written checkpoint {path.name}{how}")
+    _run([sys.executable, "-I", str(script)], job, f"the written checkpoint {_shown(path)}{how}")
     return _json(work / "report.json")
 
 
@@ -183,7 +242,7 @@ def _check_report(
     remote_code: bool = False,
 ) -> None:
     def fail(message: str) -> MorphError:
-        return VerificationFailed(f"{staged.name}: {message} Nothing was kept.")
+        return VerificationFailed(f"{_shown(staged)}: {message} Nothing was kept.")
 
     for kind in ("missing", "unexpected", "mismatched"):
         if report[kind]:

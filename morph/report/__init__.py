@@ -194,7 +194,7 @@ def _difference_row(
 def _beside(value: float | None, source: float | None, style: str) -> str:
     if value is None:
         return "-"
-    if source is None or value is source:
+    if not source or value is source:
         return f"{value:{style}}"
     return f"{value:{style}} ×{value / source:.2f}"
 
@@ -355,7 +355,7 @@ def _pictures(
         alt = "How much each layer needs full attention; kept ones in blue"
         fits = plan if plan and len(plan.layers) == len(scores.values) else None
         found.append(("scores.png", alt, scores_picture(scores, fits)))
-    if evaluation and evaluation.models and evaluation.models[0].recall:
+    if evaluation and any(r.depth is not None for r in evaluation.models[0].recall):
         alt = "Recall by length and depth of the answer, one panel per model"
         found.append(("recall.png", alt, recall_picture(evaluation)))
         alt = "Recall by depth of the answer, with 95 % intervals"

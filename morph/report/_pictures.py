@@ -201,7 +201,7 @@ def depth_picture(evaluation: Evaluation) -> bytes:
     columns = min(2, len(cells))
     lines = math.ceil(len(cells) / columns)
     with _figure(8, 0.6 + 2.7 * lines) as (figure, png):
-        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+        panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
         for axes in panels.flat[len(cells) :]:
             axes.set_visible(False)
         for (task, length), axes in zip(cells, panels.flat):
@@ -210,7 +210,7 @@ def depth_picture(evaluation: Evaluation) -> bytes:
                 _depth_line(axes, n, model, [r for r in rows if r.depth is not None])
             note = ", source cannot" if (task, length) in unable else ""
             axes.set(title=f"{_short(task, 14)}, {tokens(length)} tokens{note}", ylim=(-0.03, 1.03))
-            axes.set_xlabel("depth of the answer in the text, %")
+            axes.set(xlabel="depth of the answer in the text, %", xlim=(-6, 106))
             axes.grid(axis="y")
         for axes in panels[:, 0]:
             axes.set_ylabel("share right, 95 % interval")
