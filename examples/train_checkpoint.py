@@ -75,7 +75,7 @@ PHASES = (
     (
         Stage(steps=100, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
         Stage(steps=150, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2, local=0.1),
-        Stage(steps=400, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2),
+        Stage(steps=700, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2),
     ),
 )
 
@@ -146,7 +146,8 @@ def train_attention(module, query, key, value, attention_mask, scaling=None, **k
 
     bfloat16 pays in the linear layers but not in this function on a CPU.
     """
-    length, window = query.shape[2], windows.get(module.layer_idx)
+    length, dtype = query.shape[2], query.dtype
+    window = windows.get(module.layer_idx)
     if window is not None and length > window:
         out = banded_attention(query, key, value, window)
     elif length <= 128:
@@ -157,7 +158,7 @@ def train_attention(module, query, key, value, attention_mask, scaling=None, **k
         query, key, value = query.float(), key.float(), value.float()
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).to(dtype), None
 
 
 def dense_attention(query, key, value, mask) -> torch.Tensor:

@@ -159,7 +159,9 @@ def env(as_json: Json = False) -> None:
 @app.command()
 def inspect(
     model: Model,
-    health: Annotated[bool, typer.Option("--health", help="Read all weights and look for NaN.")] = False,
+    health: Annotated[
+        bool, typer.Option("--health", help="Read all weights and look for NaN.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show layers, mixers, heads, dtypes, ties, bytes and health of a checkpoint."""
@@ -168,7 +170,8 @@ def inspect(
     found = checkpoint.inspect(checkpoint.resolve(model), health=health)
     terminal.emit(found, as_json, terminal.inspection)
     ours = "morph.json" in found["other_files"] or found["model_type"].startswith("morph_")
-    terminal.next_command(["verify", model] if ours else ["score", model, "--selector", "uniform"])
+    after = ["verify", model] if ours else ["score", model, "--selector", "uniform"]
+    terminal.next_command(after)
 
 
 @app.command()
@@ -420,7 +423,7 @@ def distill(
     recipe = _recipe(teacher, [], data=data, seed=seed)
     recipe = pipeline.with_stages(recipe, stages, sets or [])
     if dry_run:
-        return terminal.emit(pipeline.dry_run(recipe), as_json, terminal.pairs)
+        return terminal.emit(pipeline.distill_dry_run(recipe, hybrid), as_json, terminal.pairs)
     with terminal.training() as progress:
         found = pipeline.distill_command(
             recipe, hybrid, out, target=target, force=force, say=terminal.say, progress=progress
@@ -571,7 +574,7 @@ def _guarded(call: Callable[[], int]) -> int:
         return terminal.usage(error)
     except (KeyboardInterrupt, typer.Abort):
         return terminal.fail(
-            Interrupted("stopped; nothing is half-written. The same command goes on from there.")
+            Interrupted("stopped; nothing is half-written. Give the same command again.")
         )
     except MorphError as error:
         return terminal.fail(error)

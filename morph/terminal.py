@@ -333,11 +333,10 @@ class _Lines:
         if event.step < event.steps and now - self.last < 30:
             return
         self.last = now
-        left = max(event.steps - event.step, 0) * event.tokens / max(event.step, 1)
-        minutes = left / max(event.tokens_per_second, 1e-9) / 60
         say(
             f"{event.stage + 1} {event.name}: step {event.step} of {event.steps}, "
-            f"loss {event.loss:.4g}, {event.tokens_per_second:,.0f} tokens/s, {minutes:.0f} min left"
+            f"loss {event.loss:.4g}, {event.tokens_per_second:,.0f} tokens/s, "
+            f"{event.eta_seconds:.0f} s left"
         )
 
     def stop(self) -> None:

@@ -95,7 +95,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def write_text(path: Path, words: int = 6000) -> Path:
     """Write text in which every word is one of few, so that a small tokenizer spells it."""
-    names = "river window garden stone winter music silver bridge forest candle".split()
+    names = "river window garden stone winter music silver bridge forest candle".split()  # noqa: SIM905
     text = " ".join(
         f"The {names[i % 10]} is soft near the {names[(i * 7 + i // 10) % 10]} in {i % 97}."
         for i in range(words // 9)
@@ -104,7 +104,9 @@ def write_text(path: Path, words: int = 6000) -> Path:
     return path
 
 
-def write_model(folder: Path, text: str, model_type: str = "llama", bos: str | None = "<s>") -> Path:
+def write_model(
+    folder: Path, text: str, model_type: str = "llama", bos: str | None = "<s>"
+) -> Path:
     """Write a random model of a family's tiny size with a BPE tokenizer of its own."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -382,9 +384,7 @@ def test_list_names_everything() -> None:
     assert all(name in text for kind in registry.KINDS for name in registry.names(kind))
 
 
-@pytest.mark.parametrize(
-    "part", [f"{k}/{n}" for k in registry.KINDS for n in registry.names(k)]
-)
+@pytest.mark.parametrize("part", [f"{k}/{n}" for k in registry.KINDS for n in registry.names(k)])
 def test_show_every_part(part: str) -> None:
     kind, _, name = part.partition("/")
     found = good("show", part)
@@ -414,13 +414,14 @@ def test_check_prints_the_whole_recipe(tmp_path: Path) -> None:
     recipe.write_text("model: some/model\n")
     found = good("check", recipe, "--set", "mixer.window=9")
     assert yaml.safe_load(found.out)["mixer"]["options"] == {"window": 9}
-    assert found.next == ["run", str(recipe), "--set", "mixer.window=9"]
+    start = ["run", str(recipe), "--out", "my recipe-run"]
+    assert found.next == [*start, "--set", "mixer.window=9"]
     assert json.loads(good("check", recipe, "--json").out)["model"] == "some/model"
 
 
 def test_names_with_control_characters_are_quoted(tmp_path: Path) -> None:
     recipe = tmp_path / "it's \x1b[31m.yaml"
-    recipe.write_text("model: some/model\n")
+    recipe.write_text("model: some/model\nout: there\n")
     found = good("check", recipe)
     assert "\x1b" not in found.out + found.err
     last = found.err.splitlines()[-1].removeprefix("next: morph run ")
@@ -548,7 +549,9 @@ def test_dry_runs_write_nothing(source: Path, tmp_path: Path, road: Road) -> Non
         told = json.loads(good("score", source, "--dry-run", "--json", "--budget", "2").out)
         assert (told["kept_full"], told["layers"]) == (2, 4)
         plan_file = road.folder / "plan.json"
-        told = json.loads(good("convert", source, "o", "--plan", plan_file, "--dry-run", "--json").out)
+        told = json.loads(
+            good("convert", source, "o", "--plan", plan_file, "--dry-run", "--json").out
+        )
         assert sorted(told["pattern"]) == list("FFSS")
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"model: {source}\ndistill:\n- {{loss: logits, tokens: 1M}}\n")

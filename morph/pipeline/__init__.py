@@ -18,7 +18,14 @@ from morph import checkpoint
 from morph import plan as planning
 from morph.errors import MismatchError, OutputExists, RecipeError, UsageError, escape, nearest
 from morph.pipeline import _data, _select
-from morph.pipeline._source import Say, Source, open_source, quiet
+from morph.pipeline._source import (
+    Say,
+    Source,
+    open_source,
+    quiet,
+    refuse_nonfinite,
+    write_result,
+)
 from morph.plan import Plan, Scores
 from morph.recipes import schema
 from morph.recipes.schema import Recipe
@@ -30,6 +37,7 @@ __all__ = [
     "Source",
     "convert_command",
     "distill_command",
+    "distill_dry_run",
     "dry_run",
     "environment",
     "evaluate_command",
@@ -87,17 +95,6 @@ def check_result(path: Path, force: bool, inputs: Sequence[Path | str] = ()) -> 
         raise OutputExists(f"{path} is a folder; --out names a file here.")
     if path.exists() and not force:
         raise OutputExists(f"{path} exists. Give another --out, or --force to replace it.")
-
-
-def write_result(path: Path, text: str) -> None:
-    """Write a small result file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _corpus(recipe: Recipe, source: Source, root: Path | None = None) -> _data.Corpus | None:
@@ -177,8 +174,6 @@ def dry_run(
     kept = _select.kept_count(source, recipe.select)
     width = shape.units(recipe.select.granularity)
     per_token = 2 * shape.entry_elements() * shape.num_key_value_heads
-    tokens = sum(stage.tokens for stage in recipe.distill)
-    parameters = sum(math.prod(info.shape) for info in source.checkpoint.tensors.values())
     return {
         "model": str(source.path),
         "family": source.family.model_type,
@@ -192,8 +187,27 @@ def dry_run(
         "full_cache_bytes_per_token": per_token * len(shape.candidates),
         "kept_cache_bytes_per_token": per_token * kept // width,
         "calibration_tokens": recipe.select.examples * recipe.select.seq_len,
-        "distillation_tokens": tokens,
-        "distillation_flops": 8 * parameters * tokens,  # teacher and student, and the backward pass
+        **_training_cost(recipe, source),
+    }
+
+
+def _training_cost(recipe: Recipe, source: Source) -> dict[str, int]:
+    tokens = sum(stage.tokens for stage in recipe.distill)
+    parameters = sum(math.prod(info.shape) for info in source.checkpoint.tensors.values())
+    flops = 8 * parameters * tokens  # teacher and student forward, and the student's way back
+    return {"distillation_tokens": tokens, "distillation_flops": flops}
+
+
+def distill_dry_run(recipe: Recipe, hybrid: str) -> dict[str, Any]:
+    """Return what `distill_command` would do; no weight is read."""
+    source = open_source(recipe.model, recipe.family)
+    plan = plan_of_folder(checkpoint.resolve(hybrid), source)
+    return {
+        "teacher": str(source.path),
+        "hybrid": hybrid,
+        "pattern": plan.pattern,
+        "stages": [f"{stage.loss} {stage.tokens:,} tokens" for stage in recipe.distill],
+        **_training_cost(recipe, source),
     }
 
 
@@ -248,6 +262,7 @@ def _chosen(
     recipe: Recipe, source: Source, say: Say
 ) -> tuple[Scores, Plan, dict[str, Any]]:
     corpus = _corpus(recipe, source)
+    refuse_nonfinite(source)
     model = source.model(recipe.dtype)
     common = {"seed": recipe.seed, "model": model, "say": say}
     found = _select.score(source, recipe.select, recipe.mixer, corpus, **common)
@@ -300,7 +315,8 @@ def distill_command(
     source = open_source(recipe.model, recipe.family)
     given = checkpoint.Checkpoint.open(checkpoint.resolve(hybrid), strict=False)
     checkpoint.check_output(out, [source.path, given.path], force)
-    made = plan_of_folder(given.path)
+    made = plan_of_folder(given.path, source)
+    _convert.find_target(source, made, target)  # refuses now what it would refuse after training
     corpus = _data.corpus(recipe.data, source.tokenizer())
     teacher = source.model(recipe.dtype)
     student = _train.student_of(teacher, made, source, given)
@@ -321,26 +337,45 @@ def distill_command(
     return _tell(written, made)
 
 
-def was_distilled(path: Path) -> bool:
-    """Return True for a folder whose morph.json tells of a distillation."""
-    file = path / "morph.json"
-    found = checkpoint.load_json(file.read_bytes(), str(file)) if file.is_file() else {}
-    told = found.get("provenance") if isinstance(found, dict) else None
-    recipe = told.get("recipe") if isinstance(told, dict) else None
-    return bool(told and told.get("distill") or isinstance(recipe, dict) and recipe.get("distill"))
-
-
-def plan_of_folder(path: Path) -> Plan:
-    """Return the plan of a hybrid that morph wrote; raise MismatchError for any other folder."""
+def _record(path: Path) -> dict[str, Any]:
+    """Return what morph.json of a folder tells, or an empty mapping where there is none."""
     file = path / "morph.json"
     if not file.is_file():
-        raise MismatchError(
-            f"{path}: has no morph.json, so it was not written by morph. Convert a model first."
-        )
+        return {}
     found = checkpoint.load_json(file.read_bytes(), str(file))
-    if not isinstance(found, dict) or "plan" not in found:
-        raise MismatchError(f"{file}: names no plan.")
-    return planning.loads_plan(json.dumps(found["plan"]), f"{file}: plan")
+    return found if isinstance(found, dict) else {}
+
+
+def was_distilled(path: Path) -> bool:
+    """Return True for a folder whose morph.json tells of a distillation."""
+    told = _record(path).get("provenance")
+    if not isinstance(told, dict):
+        return False
+    recipe = told.get("recipe")
+    return bool(told.get("distill") or (isinstance(recipe, dict) and recipe.get("distill")))
+
+
+def plan_of_folder(path: Path, source: Source | None = None) -> Plan:
+    """Return the plan of a hybrid that morph wrote.
+
+    Raises MismatchError for any other folder, and where `source` is not what it was made of.
+    """
+    found = _record(path)
+    if "plan" not in found:
+        raise MismatchError(
+            f"{path} was not written by morph: it has no morph.json that names a plan. "
+            "Convert a model first."
+        )
+    plan = planning.loads_plan(json.dumps(found["plan"]), f"{path / 'morph.json'}: plan")
+    if source is not None:
+        _select.check_plan(plan, source)
+        made_of = found.get("source")
+        if isinstance(made_of, dict) and made_of.get("sha256") != source.checkpoint.fingerprint:
+            raise MismatchError(
+                f"{path} was made of another model ({escape(made_of.get('name'))}) than "
+                f"{source.path}: weights or config differ."
+            )
+    return plan
 
 
 def evaluate_command(
@@ -389,7 +424,8 @@ def verify_command(path: Path, against: str | None, *, say: Say = quiet) -> dict
     if against is not None:
         from morph.pipeline import _verify
 
-        told |= _verify.against(open_source(against), path, plan_of_folder(path))
+        source = open_source(against)
+        told |= _verify.against(source, path, plan_of_folder(path, source))
     return told
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from morph import checkpoint, plan as planning, strict
+from morph import checkpoint, strict
+from morph import plan as planning
 from morph.errors import UsageError, escape
 from morph.families import _stock
 from morph.families._family import Move, StockTarget
@@ -53,7 +54,7 @@ def convert(
     card: str = "",
     say: Say = quiet,
 ) -> Written:
-    """Write the hybrid that `plan` makes of `source` to the folder `out`, verified before it appears.
+    """Write the hybrid that `plan` makes of `source` to `out`, verified before it appears.
 
     Untouched tensors are copied byte for byte. A plan that a stock architecture can hold becomes a
     stock checkpoint unless `target` is `package`; with `target` `stock` anything else is an error.
@@ -71,7 +72,7 @@ def convert(
     checkpoint.check_output(Path(out), [source.path], force)
     refuse_nonfinite(source)
     plan = surgery.resolve_costs(plan)
-    stock, reasons = _target(source, plan, target)
+    stock, reasons = find_target(source, plan, target)
     if with_code and stock is not None:
         raise UsageError(f"--with-code: a stock {stock.model_type} checkpoint needs no code.")
     new, replaced = _tensors(source, plan, student)
@@ -79,7 +80,7 @@ def convert(
     config = _config(source, plan, stock)
     moves = stock.moves(source.checkpoint.config, plan, names) if stock and stock.moves else None
     replaced = _through(replaced, moves)
-    serve = _serve(stock, out, with_code)
+    serve = _serve(stock, shlex.quote(str(out)), with_code)
     verdict: dict[str, Any] = {}
 
     def check(staged: Path) -> None:
@@ -102,9 +103,9 @@ def convert(
         "format": config["model_type"],
         "source": {"name": source.path.name, "sha256": source.checkpoint.fingerprint},
         "provenance": strict.plain(dict(provenance or {})),
-        "serve": serve.replace(str(out), "{path}"),
+        "serve": _serve(stock, "{path}", with_code),  # same inputs, same bytes, wherever
     }
-    card = card or _card(source, plan, config, serve, reasons, with_code)
+    card = card or _card(source, plan, config, stock, reasons, with_code)
     extra["README.md"] = card.encode()
     say(f"writing {config['model_type']} checkpoint {escape(out)}")
     checkpoint.write_checkpoint(
@@ -132,9 +133,10 @@ def convert(
     )
 
 
-def _target(
+def find_target(
     source: Source, plan: Plan, target: Target
 ) -> tuple[StockTarget | None, list[str]]:
+    """Return the stock architecture that holds the plan, or None and the reasons against each."""
     if target == "package":
         return None, ["a package checkpoint was asked for."]
     stock, reasons = _stock.pick(source.family, source.checkpoint.config, plan)
@@ -197,9 +199,9 @@ def _bytes(tensor: Any, code: str) -> tuple[str, tuple[int, ...], bytes]:
     return code, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
-def _serve(stock: StockTarget | None, out: str | Path, with_code: bool) -> str:
+def _serve(stock: StockTarget | None, path: str, with_code: bool) -> str:
     if stock is not None:
-        return stock.serve.format(path=shlex.quote(str(out)))
+        return stock.serve.format(path=path)
     how = "trust_remote_code=True" if with_code else "import morph"
     return f"no server runs this plan yet; load it in Python with `{how}`"
 
@@ -217,7 +219,7 @@ def _card(
     source: Source,
     plan: Plan,
     config: Mapping[str, Any],
-    serve: str,
+    stock: StockTarget | None,
     reasons: list[str],
     with_code: bool,
 ) -> str:
@@ -227,20 +229,22 @@ def _card(
         f"| {plan.cache_bytes(n):,} |"
         for n in (1024, 32768, 131072)
     )
-    why = f"\nWhy not a stock architecture: {' '.join(reasons)}\n" if reasons else ""
+    name, serve = escape(source.path.name), _serve(stock, "PATH_TO_THIS_FOLDER", with_code)
+    serve = f"`{serve}`" if stock is not None else serve
+    why = f"\n\nWhy not a stock architecture: {' '.join(reasons)}" if reasons else ""
     load = "" if not config["model_type"].startswith("morph_") else "import morph\n"
     load, trust = ("", ", trust_remote_code=True") if with_code else (load, "")
     return (
-        f"# Hybrid of {source.path.name}\n\n"
-        f"Made by morph from `{source.path.name}` (model type `{source.family.model_type}`). "
+        f"# Hybrid of {name}\n\n"
+        f"Made by morph from `{name}` (model type `{source.family.model_type}`). "
         f"Attention per layer, F full, S sliding window, D decay, * mixed heads:\n\n"
         f"    {plan.pattern}\n\n"
-        f"Saved as `{config['model_type']}`.{why}\n"
+        f"Saved as `{config['model_type']}`.{why}\n\n"
         "| tokens | cache of the source, bytes (16 bit) | cache of the hybrid |\n|---|---|---|\n"
         f"{rows}\n\n"
         f"```python\n{load}from transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER"{trust})\n```\n\n'
-        f"Serving: `{serve.replace(str(source.path), '')}`\n"
+        f"Serving: {serve}\n"
     )
 
 

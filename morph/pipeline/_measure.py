@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from morph import checkpoint
-from morph.errors import MismatchError, UsageError
+from morph.errors import UsageError
 from morph.pipeline import _data, _select
 from morph.pipeline._source import Say, Source, open_source, quiet
 from morph.plan import Plan
@@ -34,9 +34,7 @@ def compare(
                         corpus, alone.tokenizer(), say=say)
     source = open_source(against, recipe.family)
     given = checkpoint.Checkpoint.open(checkpoint.resolve(model), strict=False)
-    plan = plan_of_folder(given.path)
-    if plan.geometry != source.geometry:
-        raise MismatchError(f"{model} was not made of {against}: their shapes differ.")
+    plan = plan_of_folder(given.path, source)
     corpus = _data.corpus(recipe.data, source.tokenizer())
     return beside(recipe, source, plan, given, corpus, say=say)
 

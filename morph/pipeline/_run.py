@@ -1,4 +1,4 @@
-"""A whole recipe, resumable: every stage writes a file, and runs again only when its inputs changed.
+"""A whole recipe, resumable: a stage runs again only when what it is made from has changed.
 
     OUT/recipe.yaml        the recipe as it ran
     OUT/scores.json        what the selector measured
@@ -23,7 +23,7 @@ from morph import __version__, checkpoint, strict
 from morph import plan as planning
 from morph.errors import OutputExists, UsageError
 from morph.pipeline import _convert, _data, _select
-from morph.pipeline._source import Say, Source, open_source, quiet
+from morph.pipeline._source import Say, Source, open_source, quiet, write_result
 from morph.plan import Plan, Scores
 from morph.recipes import schema
 from morph.recipes.schema import Recipe
@@ -68,7 +68,8 @@ class Run:
             "seconds": round(time.perf_counter() - start, 2),
             **more,
         }
-        _write(self.out / "run.json", json.dumps(self.record, sort_keys=True, indent=1) + "\n")
+        text = json.dumps(self.record, sort_keys=True, indent=1) + "\n"
+        write_result(self.out / "run.json", text)
 
 
 def digest(value: Any) -> str:
@@ -102,7 +103,7 @@ def run(
     corpus = _data.corpus(recipe.data, source.tokenizer(), root)
     state = Run(recipe, folder, source, corpus, say, progress, record)
     started = time.perf_counter()
-    _write(folder / "recipe.yaml", schema.dumps(recipe))
+    write_result(folder / "recipe.yaml", schema.dumps(recipe))
     scores = _scores(state)
     plan = _plan(state, scores)
     serve = _checkpoint(state, plan)
@@ -122,7 +123,8 @@ def run(
 
 
 def _open_folder(folder: Path, source: Source, force: bool) -> dict[str, Any]:
-    if folder.resolve() == source.path.resolve() or source.path.resolve() in folder.resolve().parents:
+    here = folder.resolve()
+    if source.path.resolve() in (here, *here.parents):
         raise OutputExists(f"{folder} is, or lies inside, the model {source.path}.")
     if folder.exists() and not folder.is_dir():
         raise OutputExists(f"{folder} is a file; give a folder.")
@@ -133,15 +135,18 @@ def _open_folder(folder: Path, source: Source, force: bool) -> dict[str, Any]:
     if file.is_file():
         found = checkpoint.load_json(file.read_bytes(), str(file))
         if isinstance(found, dict) and isinstance(found.get("stages"), dict):
-            return found
-    _write(file, json.dumps({"stages": {}}) + "\n")
+            known = {k: v for k, v in found["stages"].items() if _is_whole(k, v)}
+            return {**found, "stages": known}
+    write_result(file, json.dumps({"stages": {}}) + "\n")
     return {"stages": {}}
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _is_whole(stage: str, entry: Any) -> bool:
+    """False for what a stage cannot have noted: it runs again."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("seconds"), (int, float)):
+        return False
+    use = entry.get("use")
+    return stage != "checkpoint" or (isinstance(use, dict) and {"load", "serve"} <= set(use))
 
 
 def _base(state: Run) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def _scores(state: Run) -> Scores:
         model=state.model(),
         say=state.say,
     )
-    _write(file, planning.dumps(found))
+    write_result(file, planning.dumps(found))
     state.note("scores", inputs, start, forwards=found.provenance.get("forwards"))
     return found
 
@@ -191,7 +196,7 @@ def _plan(state: Run, scores: Scores) -> Plan:
         model=state.model(),
         say=state.say,
     )
-    _write(file, planning.dumps(found))
+    write_result(file, planning.dumps(found))
     state.note("plan", inputs, start, swaps=swaps, pattern=found.pattern)
     return found
 
@@ -259,7 +264,7 @@ def _evaluation(state: Run, plan: Plan) -> Evaluation:
     found = _measure.beside(
         state.recipe, state.source, plan, given, state.corpus, base=state.model(), say=state.say
     )
-    _write(file, evaluations.dumps(found))
+    write_result(file, evaluations.dumps(found))
     state.note("evaluation", inputs, start)
     return found
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from morph import plan as planning
 from morph import registry, strict
 from morph.errors import MismatchError, PlanError, escape
 from morph.pipeline import _data
-from morph.pipeline._source import Say, Source, quiet, refuse_hybrid
+from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
 from morph.plan import Budget, Plan, Scores
 from morph.recipes.schema import Mixer, Select
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from morph.surgery import Batch
+
+T = TypeVar("T")
 
 
 def budget_of(section: Select) -> Budget:
@@ -62,7 +64,9 @@ def score(
             raise PlanError(f"selector {section.selector!r} reads text; give --data FILE.")
         tokenizer = source.tokenizer()
         batches = _data.calibration(section, corpus, tokenizer, seed)
-    model = model if model is not None else source.model(dtype)
+    if model is None:
+        refuse_nonfinite(source)
+        model = source.model(dtype)
     start, cpu = time.perf_counter(), time.process_time()
     say(f"scoring with {section.selector} ({len(batches)} batches)")
     with surgery.morphable(model, mixer.name, mixer.options, source.family) as probe:
@@ -244,12 +248,22 @@ def baseline(source: Source, mixer: Mixer, count: int, name: str) -> Plan:
 
 def read_plan(path: str | Path) -> Plan:
     """Read a plan.json; raise PlanError naming what is wrong in it."""
-    return planning.loads_plan(_text(path), str(path))
+    return _loaded(planning.loads_plan, path)
 
 
 def read_scores(path: str | Path) -> Scores:
     """Read a scores.json; raise PlanError naming what is wrong in it."""
-    return planning.loads_scores(_text(path), str(path))
+    return _loaded(planning.loads_scores, path)
+
+
+def _loaded(loads: Callable[[str, str], T], path: str | Path) -> T:
+    text, where = _text(path), escape(path)
+    try:
+        return loads(text, where)
+    except PlanError as error:  # what is wrong inside a value does not know its file
+        if str(error).startswith(where):
+            raise
+        raise PlanError(f"{where}: {error}") from error
 
 
 def _text(path: str | Path) -> str:

@@ -41,7 +41,13 @@ class Source:
 
             config_class = modeling.classes(self.family.model_type)[0]
         data.pop("model_type", None)
-        return config_class.from_dict(data)
+        try:
+            return config_class.from_dict(data)
+        except _refusals() as error:
+            raise CheckpointError(
+                f"{self.path}/config.json: {config_class.__name__} does not accept it: "
+                f"{escape(error, 300)}"
+            ) from error
 
     @property
     def is_hybrid(self) -> bool:
@@ -74,7 +80,7 @@ class Source:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, *_refusals()) as error:
             raise CheckpointError(f"{self.path}: cannot be loaded: {escape(error, 300)}") from error
         finally:
             logging.set_verbosity(before)
@@ -94,11 +100,21 @@ class Source:
             return AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # the tokenizers library raises nothing narrower
             raise CheckpointError(
                 f"{self.path}: no tokenizer can be loaded ({escape(error, 200)}). Put "
                 "tokenizer.json and tokenizer_config.json beside the weights."
             ) from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return what transformers raises where a config says what its classes cannot be built of."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
+        *(TypeError, ValueError, StrictDataclassError),
+    )
 
 
 def open_source(model: str, family: str | None = None, revision: str | None = None) -> Source:
@@ -134,3 +150,14 @@ def refuse_hybrid(source: Source, verb: str) -> None:
         raise UnsupportedModel(
             f"{source.path}: is a hybrid already; {verb} starts from the model it was made of."
         )
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a small result file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -123,7 +123,7 @@ def distill(
 
 
 def summary(log: Log, recipe: Recipe) -> dict[str, Any]:
-    """Return what the card and report say of a distillation: stages, tokens, first and last loss."""
+    """Return what card and report say of a distillation: stages, tokens, first and last loss."""
     stages = []
     for i, stage in enumerate(recipe.distill):
         losses = log.losses(i)
