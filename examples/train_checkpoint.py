@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import sys
@@ -26,18 +25,18 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import (  # noqa: E402
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from morph import data  # noqa: E402
+from morph import data
 
 HERE = Path(__file__).resolve().parent
 TEXTS = [HERE / "data" / "pride_and_prejudice.txt", HERE / "data" / "sherlock_holmes.txt"]
@@ -69,8 +68,18 @@ class Stage:
 # then it is carried to long ones.
 PHASES = (
     (
-        Stage(steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0, text_part=0.25),
-        Stage(steps=200, rows=16, length=128, num_words=16, num_keys=(2, 4), repeat=0.25, text_part=0.25),
+        Stage(
+            steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0, text_part=0.25
+        ),
+        Stage(
+            steps=200,
+            rows=16,
+            length=128,
+            num_words=16,
+            num_keys=(2, 4),
+            repeat=0.25,
+            text_part=0.25,
+        ),
     ),
     (
         Stage(steps=100, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
@@ -91,10 +100,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     """
     tokenizer = Tokenizer(models.BPE())
     split = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -194,7 +205,9 @@ def banded_attention(query, key, value, window: int) -> torch.Tensor:
     band = ((column <= row) & (column > row - window)).repeat(blocks, 1, 1)
     band[0] &= column >= 0  # the first block has no block before it
     mask = torch.zeros(band.shape).masked_fill(~band, -torch.inf).repeat(batch, 1, 1)[:, None]
-    out = dense_attention(split(query).flatten(0, 1), with_previous(key), with_previous(value), mask)
+    out = dense_attention(
+        split(query).flatten(0, 1), with_previous(key), with_previous(value), mask
+    )
     out = out.view(batch, blocks, heads, window, dim).transpose(1, 2)
     return out.reshape(batch, heads, -1, dim)[:, :, :length]
 

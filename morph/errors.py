@@ -116,6 +116,6 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def escape(text: object, limit: int = 200) -> str:
-    """Return `text` with control characters made visible, so that a name cannot drive a terminal."""
+    """Return `text` with control characters made visible: names cannot drive a terminal."""
     out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return out if len(out) <= limit else out[:limit] + "…"

@@ -326,7 +326,8 @@ class Plan:
         """Return the bytes of generation state that one sequence of `seq_len` tokens holds.
 
         Every group keeps the KV heads that its query heads read (`Geometry.kv_heads`), so a KV
-        head whose query heads are split over two groups is held twice. Raises PlanError for an unknown dtype, and for
+        head whose query heads are split over two groups is held twice. Raises PlanError for an
+        unknown dtype, and for
         groups whose mixer has not said what it keeps (`CacheCost`).
         """
         if dtype not in DTYPE_BYTES:
@@ -508,7 +509,8 @@ def _pins(
             )
         if unit is not None and not 0 <= unit < width:
             raise PlanError(
-                f"budget.{name}: layer {layer} has no unit {unit}; there are {width} (0-{width - 1})."
+                f"budget.{name}: layer {layer} has no unit {unit}; "
+                f"there are {width} (0-{width - 1})."
             )
         if (layer, 0) not in candidates:
             raise PlanError(

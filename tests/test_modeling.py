@@ -191,11 +191,16 @@ def test_chunked_prefill_and_held_bytes(model, kind):
     plan = modeling.plan_of(hybrid.config)
     held = held_bytes(whole.past_key_values)
     # transformers' own sliding layers keep one token less than the window
-    spare = sum(
-        2 * min(w, 23) - 2 * min(w - 1, 23)
-        for w, layer in zip(plan.geometry.windows, plan.layers)
-        if w is not None and layer.is_full
-    ) * plan.geometry.entry_elements() * plan.geometry.num_key_value_heads * 4
+    spare = (
+        sum(
+            2 * min(w, 23) - 2 * min(w - 1, 23)
+            for w, layer in zip(plan.geometry.windows, plan.layers)
+            if w is not None and layer.is_full
+        )
+        * plan.geometry.entry_elements()
+        * plan.geometry.num_key_value_heads
+        * 4
+    )
     assert held == 2 * plan.cache_bytes(23, "float32") - spare
     assert held == held_bytes(rest.past_key_values)
 
@@ -281,9 +286,7 @@ def test_wrong_plans_are_refused_by_name(groups, error, says):
         layer = LayerPlan(
             groups=tuple(HeadGroup(**{**g, "heads": tuple(g["heads"])}) for g in groups)
         )
-        plan = Plan(
-            model_type="llama", geometry=shape, layers=(layer,) * shape.num_hidden_layers
-        )
+        plan = Plan(model_type="llama", geometry=shape, layers=(layer,) * shape.num_hidden_layers)
         modeling.hybrid(model, plan)
 
 

@@ -97,9 +97,12 @@ def test_the_stock_checkpoint_is_verified(road):
     assert written.verification["tensors_byte_equal"] == len(
         checkpoint.Checkpoint.open(folder).tensors
     )
-    assert planning.loads_plan(json.dumps(json.loads((written.path / "morph.json").read_text())[
-        "plan"
-    ])) == plan
+    assert (
+        planning.loads_plan(
+            json.dumps(json.loads((written.path / "morph.json").read_text())["plan"])
+        )
+        == plan
+    )
 
 
 def test_evaluation_stands_beside_its_baselines(road):

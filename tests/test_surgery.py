@@ -97,7 +97,7 @@ def test_head_units_blend_exactly(model, granularity):
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("granularity", ["layer", "kv_head"])
 def test_selector_laws(model, selector, granularity):
-    """Right shape, finite, deterministic, higher is kept, and the model comes back bit-identical."""
+    """Right shape, deterministic, higher is kept, and the model comes back bit-identical."""
     module = registry.load("selectors", selector)
     batches = [] if module.NEEDS == "weights" else [batch_for(model), batch_for(model, seed=3)]
     before = fingerprint(model)

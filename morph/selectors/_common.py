@@ -86,9 +86,7 @@ class Sweep:
         modes = self.morphable.modes(keep, self.granularity)
         changed = self.keep.symmetric_difference(keep)
         layers = {i for i, _ in changed}
-        return _mean(
-            [t.variant({i: modes[i] for i in layers}) for t in self.traces], self.batches
-        )
+        return _mean([t.variant({i: modes[i] for i in layers}) for t in self.traces], self.batches)
 
 
 def _mean(logits: list[torch.Tensor], batches: Sequence[Batch]) -> float:

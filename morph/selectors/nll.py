@@ -57,9 +57,7 @@ def score(
         base = [] if options.mode == "add" else found
         sweep = _common.Sweep(morphable, batches, base, granularity)
         sign = 1 if options.mode == "add" else -1
-        values = {
-            u: sign * (sweep.nll - sweep.nll_with(set(base) ^ {u})) for u in found
-        }
+        values = {u: sign * (sweep.nll - sweep.nll_with(set(base) ^ {u})) for u in found}
         provenance["base_nll"] = sweep.nll
     return _common.scores(morphable, "nll", granularity, values, unit, provenance)
 

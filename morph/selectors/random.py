@@ -40,6 +40,4 @@ def score(
     found = _common.units(morphable, granularity)
     ranks = np.random.default_rng(options.seed).permutation(len(found)) + 1
     values = {unit: float(rank) for unit, rank in zip(found, ranks)}
-    return _common.scores(
-        morphable, "random", granularity, values, "rank", {"seed": options.seed}
-    )
+    return _common.scores(morphable, "random", granularity, values, "rank", {"seed": options.seed})

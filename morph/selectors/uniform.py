@@ -13,6 +13,7 @@ the first, SWAA starts at offset 1; all are expressible here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,11 +63,11 @@ def positions(total: int, count: int, convention: str, offset: int = 0) -> set[i
         "last": lambda a, b: b - 1,
         "centre": lambda a, b: (a + b - 1) // 2,
     }[convention]
-    return {(pick(a, b) + offset) % total for a, b in zip(edges, edges[1:])}
+    return {(pick(a, b) + offset) % total for a, b in itertools.pairwise(edges)}
 
 
 def nested_order(total: int) -> list[int]:
-    """Return `range(total)` so that every prefix is spread out: farthest first, lower index wins."""
+    """Return `range(total)` with every prefix spread out: farthest first, lower index wins."""
     order = [total - 1]
     while len(order) < total:
         rest = [i for i in range(total) if i not in order]

@@ -76,7 +76,8 @@ def hybrid_layers(model: nn.Module) -> dict[int, HybridAttention]:
 def graft(model: nn.Module, family: Family, plan: Plan, *, inherit: bool = False) -> Graft:
     """Replace the attention of every layer that `plan` converts, in place, sharing all tensors.
 
-    `inherit` also lets every mixer start from the source attention's weights. Raises MismatchError when the plan was made for another shape of model.
+    `inherit` also lets every mixer start from the source attention's weights.
+    Raises MismatchError when the plan was made for another shape of model.
     """
     base = base_of(model)
     geometry = geometry_of(base, family)
@@ -136,7 +137,8 @@ def _wants_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     wanted = kwargs.get("use_cache")
     if wanted is None:
         wanted = getattr(module.config, "use_cache", False)
-    return bool(wanted) and not (module.training and getattr(module, "gradient_checkpointing", False))
+    checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+    return bool(wanted) and not checkpointing
 
 
 def context(kwargs: Mapping[str, Any], past: int, cache: Cache | None = None) -> Context:

@@ -46,7 +46,8 @@ class Batch:
     def __post_init__(self) -> None:
         if self.ids.shape != self.answers.shape:
             raise PlanError(
-                f"batch: ids {tuple(self.ids.shape)} and answers {tuple(self.answers.shape)} differ."
+                f"batch: ids {tuple(self.ids.shape)} and answers {tuple(self.answers.shape)} "
+                "differ in shape."
             )
         if not bool(self.answers[:, 1:].any()) or bool(self.answers[:, 0].any()):
             raise PlanError("batch: mark at least one answer token, never the first of a row.")
@@ -179,7 +180,9 @@ class Morphable:
         finally:
             del self.base.forward
 
-    def nll(self, batches: Iterable[Batch], keep: Units, granularity: Granularity = "layer") -> float:
+    def nll(
+        self, batches: Iterable[Batch], keep: Units, granularity: Granularity = "layer"
+    ) -> float:
         """Return the mean negative log-likelihood of answer tokens, in nats, with `keep` full."""
         modes = self.modes(keep, granularity)
         total, count = 0.0, 0
@@ -239,13 +242,11 @@ class Trace:
         """Compute the shared tokens once; return the keywords that continue from them."""
         m = self.morphable
         past = DynamicCache(config=m.base.config)
-        for i, switch in m.switches.items():
+        for switch in m.switches.values():
             switch.prime = MixerCacheLayer()
             switch.prime.state(0)
         try:
-            m.base(
-                input_ids=self.batch.ids[:, : self.skip], past_key_values=past, use_cache=True
-            )
+            m.base(input_ids=self.batch.ids[:, : self.skip], past_key_values=past, use_cache=True)
             frozen = {i: FrozenCacheLayer(s.prime) for i, s in m.switches.items() if s.prime}
         finally:
             for switch in m.switches.values():
@@ -274,9 +275,7 @@ class Trace:
         )
         try:
             with m.assigned(self.modes):
-                m.base(
-                    input_ids=self.batch.ids[:, self.skip :], **({"use_cache": False} | extra)
-                )
+                m.base(input_ids=self.batch.ids[:, self.skip :], **({"use_cache": False} | extra))
         finally:
             for handle in (*handles, last):
                 handle.remove()
