@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 NOVEL = Path(__file__).resolve().parent / "data" / "sherlock_holmes.txt"
 CHARACTERS = 100_000
@@ -65,6 +66,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text(text, encoding="utf-8")
     tokenizer(text).save_pretrained(folder / "model")
+    logging.disable_progress_bar()
     model().save_pretrained(folder / "model")
     print(f"wrote {folder / 'model'} and {folder / 'text.txt'}")
 

@@ -10,14 +10,12 @@ carried to longer ones with more text between the facts. A run resumes from OUT/
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import random
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,12 +23,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from _checkpoint_evaluation import WINDOW, evaluate, needle_set, perplexity, recall
+from _checkpoint_rows import ANSWER, KINDS, REPEAT, TEXT, Rows, Stage, schedule, train_tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -40,90 +37,10 @@ from morph import data
 
 HERE = Path(__file__).resolve().parent
 TEXTS = [HERE / "data" / "pride_and_prejudice.txt", HERE / "data" / "sherlock_holmes.txt"]
-WINDOW = 64
 HELD_OUT = 0.1  # the last tenth of each text is never trained on
 VOCABULARY = 1536
-NOISE, TEXT, ANSWER, REPEAT = 0, 1, 2, 3  # what a token is to the loss
-KINDS = {TEXT: "text", ANSWER: "answer", REPEAT: "repeat"}
 MUON_LR, ADAM_LR = 5e-3, 3e-3
 LOG_EVERY, EVALUATE_EVERY = 20, 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One part of the curriculum: `steps` steps of `rows` sequences of `length` tokens."""
-
-    steps: int
-    rows: int
-    length: int
-    num_words: int  # how many distinct keys are in use
-    num_keys: tuple[int, int]  # needles in one sequence, from and to
-    repeat: float = 0.0  # part of the rows that repeat random segments
-    text: float = 0.0  # part of the rows that are plain text
-    text_part: float = 0.5  # part of the text tokens that enter the loss
-    local: float = 0.0  # part of the steps that are plain text, the window in every layer
-
-
-# Each phase has its own rise and fall of the learning rate: recall forms on short sequences,
-# then it is carried to long ones.
-PHASES = (
-    (
-        Stage(
-            steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0, text_part=0.25
-        ),
-        Stage(
-            steps=200,
-            rows=16,
-            length=128,
-            num_words=16,
-            num_keys=(2, 4),
-            repeat=0.25,
-            text_part=0.25,
-        ),
-    ),
-    (
-        Stage(steps=100, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
-        Stage(steps=150, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2, local=0.1),
-        Stage(steps=700, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2),
-    ),
-)
-
-
-# --- Tokenizer, model ---------------------------------------------------------------------------
-
-
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose digits stand alone; the words of the needle tasks are single tokens.
-
-    A digit takes the space before it along (` 4` `8` `2` `1`), so that a number starts right after
-    the word before it.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    split = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|bos|>", "<|eos|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # The keys are repeated until merging them pays more than merging any rare word of the novels.
-    words = [data.STATEMENT.format(key=key, value=len(key)) for key in data.KEY_WORDS] * 200
-    words += [f" {digit}" for digit in range(10)] * 1000
-    tokenizer.train_from_iterator([*texts, *words], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_model(tokenizer, hidden: int, head_dim: int, seed: int) -> Qwen3ForCausalLM:
@@ -215,84 +132,7 @@ def banded_attention(query, key, value, window: int) -> torch.Tensor:
 ALL_ATTENTION_FUNCTIONS.register("train_attention", train_attention)
 
 
-# --- Batches: rows of (tokens, weight of the loss at each token) --------------------------------
-
-
-class Rows:
-    """Draws training rows of one stage; a pure function of seed and step."""
-
-    def __init__(self, tokenizer, text_ids: torch.Tensor, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
-        self.text = text_ids.tolist()
-        self.bos = tokenizer.bos_token_id
-        self.intro = tokenizer.encode(data.INTRO, add_special_tokens=False)
-
-        def one(text: str) -> int:
-            (token,) = tokenizer.encode(text, add_special_tokens=False)
-            return token
-
-        digits = [one(f"{space}{digit}") for space in ("", " ") for digit in range(10)]
-        self.alphabet = digits + [one(f" {word}") for word in data.KEY_WORDS]
-        self.end = tokenizer.encode(".", add_special_tokens=False)
-
-    def batch(self, stage: Stage, step: int):
-        """Token ids and their kinds (NOISE, TEXT, REPEAT, ANSWER), both `[B, T]`."""
-        rng = random.Random(f"{self.seed}/{step}")
-        rows = []
-        for _ in range(stage.rows):
-            kind = rng.random()
-            if kind < stage.repeat:
-                rows.append(self.repeated(stage.length, self.alphabet[: stage.num_words + 20], rng))
-            elif kind < stage.repeat + stage.text:
-                rows.append(self.plain(stage.length, rng))
-            else:
-                rows.append(self.needles(stage, rng))
-        ids, kinds = zip(*rows)
-        return torch.tensor(ids), torch.tensor(kinds)
-
-    def cut(self, length: int, rng: random.Random) -> list[int]:
-        start = rng.randrange(len(self.text) - length + 1)
-        return self.text[start : start + length]
-
-    def plain(self, length: int, rng: random.Random):
-        return [self.bos, *self.cut(length - 1, rng)], [TEXT] * length
-
-    def repeated(self, length: int, alphabet: list[int], rng: random.Random):
-        """Random tokens said again and again: the second time on, every token can be known."""
-        size = rng.randint(length // 8, min(length // 2, len(alphabet)))
-        segment = rng.sample(alphabet, size)
-        ids = [self.bos, *(segment * (length // size + 1))][:length]
-        return ids, [REPEAT if i > size + 1 else NOISE for i in range(length)]
-
-    def needles(self, stage: Stage, rng: random.Random):
-        """Facts strewn in text, then a question for each: the sentences of `needle_examples`."""
-        words = data.KEY_WORDS[: stage.num_words]
-        task = "single_3" if rng.random() < 0.1 else "multikey"
-        needles = data.draw_needles(
-            task, self.tokenizer, rng.randint(*stage.num_keys), rng, words=words
-        )
-        asked = rng.sample(needles, len(needles))
-        tail: list[int] = []
-        kinds: list[int] = []
-        for number, needle in enumerate(asked):
-            if number:
-                tail += self.end
-                kinds += [TEXT]
-            tail += [*needle.question, *needle.answer]
-            kinds += [TEXT] * len(needle.question) + [ANSWER] * len(needle.answer)
-        statements = [needle.statement for needle in needles]
-        room = stage.length - 1 - len(self.intro) - len(tail) - sum(map(len, statements))
-        if room < 0:
-            smaller = replace(stage, num_keys=(1, max(1, len(needles) - 1)))
-            return self.needles(smaller, rng)
-        haystack = self.cut(room, rng) if room else []
-        offsets = [rng.randint(0, room) for _ in statements]
-        context = data.hide(haystack, statements, offsets)
-        ids = [self.bos, *self.intro, *context, *tail]
-        return ids, [TEXT] * (len(ids) - len(tail)) + kinds
-
-
-# --- Training -----------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------
 
 
 def optimizers(model, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
@@ -323,21 +163,6 @@ def losses(model, ids: torch.Tensor, kinds: torch.Tensor, text_part: float):
         if of_kind.any():
             means[kind] = (each[of_kind].mean(), right[of_kind].mean().item())
     return means
-
-
-def schedule() -> list[tuple[Stage, float]]:
-    """Stage and learning-rate factor of every step.
-
-    Within a phase: 20 steps up, then constant, over the last third down to a twentieth.
-    """
-    plan = []
-    for phase in PHASES:
-        stages = [stage for stage in phase for _ in range(stage.steps)]
-        total = len(stages)
-        for step, stage in enumerate(stages):
-            fall = 0.05 + 0.95 * (total - step) / (total / 3)
-            plan.append((stage, min(1.0, (step + 1) / 20, fall)))
-    return plan
 
 
 def train(args, tokenizer, train_ids, haystack) -> None:
@@ -448,41 +273,6 @@ def save_checkpoint(out: str, model, tokenizer, log: list) -> None:
     fresh.rename(out)
 
 
-# --- Evaluation ---------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def recall(model, examples: list[data.Example]) -> float:
-    """Part of the examples whose answer tokens are all the most likely ones, teacher-forced."""
-    right = []
-    for start in range(0, len(examples), 4):
-        chunk = examples[start : start + 4]
-        hidden = model.model(torch.tensor([e.ids for e in chunk]), use_cache=False)[0]
-        for example, row in zip(chunk, hidden):
-            logits = model.lm_head(row[example.answer_start - 1 : -1])
-            right.append(logits.argmax(-1).tolist() == list(example.answer))
-    return sum(right) / len(right)
-
-
-@torch.no_grad()
-def perplexity(model, ids: torch.Tensor, bos: int, length: int, rows: int) -> float:
-    """Exponential of the mean loss on `rows` windows of held-out text, evenly spaced."""
-    starts = torch.linspace(0, len(ids) - length, rows).long().tolist()
-    total = []
-    for start in starts:
-        row = torch.cat([torch.tensor([bos]), ids[start : start + length - 1]])[None]
-        logits = model(row, use_cache=False).logits[0, :-1].float()
-        total.append(F.cross_entropy(logits, row[0, 1:]).item())
-    return math.exp(sum(total) / len(total))
-
-
-def needle_set(tokenizer, haystack, length: int, count: int, task: str = "multikey"):
-    depths = [i / 10 for i in range(11)]
-    return data.needle_examples(
-        task, tokenizer, haystack, length=length, depths=depths, count=count, seed=7
-    )
-
-
 def quick_evaluation(model, tokenizer, haystack, length: int) -> dict:
     """Recall and perplexity with everything seen and with the window in every layer."""
     length = max(length, 256)
@@ -495,53 +285,6 @@ def quick_evaluation(model, tokenizer, haystack, length: int) -> dict:
             ppl = perplexity(model, haystack, tokenizer.bos_token_id, length, 4096 // length)
             found[f"ppl_{name}"] = round(ppl, 3)
     windows.clear()
-    return found
-
-
-def with_window(source: Qwen3ForCausalLM, full: tuple[int, ...]) -> Qwen3ForCausalLM:
-    """The same weights with the window in all layers but `full`, as plain transformers reads it."""
-    config = Qwen3Config(**source.config.to_dict())
-    config.use_sliding_window, config.sliding_window = True, WINDOW
-    config.layer_types = [
-        "full_attention" if layer in full else "sliding_attention"
-        for layer in range(config.num_hidden_layers)
-    ]
-    config._attn_implementation = "sdpa"
-    model = Qwen3ForCausalLM(config)
-    model.load_state_dict(source.state_dict())
-    return model.eval()
-
-
-def evaluate(path: str, held_out: list[str], length: int, count: int) -> dict:
-    """Print recall and perplexity: all layers full, all windowed, and every pair of full layers."""
-    source = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = torch.cat([data.token_ids(tokenizer, text) for text in held_out])
-    layers = range(source.config.num_hidden_layers)
-    found: dict = {"length": length, "examples": count, "window": WINDOW}
-    for name, full in (("full", tuple(layers)), ("window", ())):
-        model = with_window(source, full)
-        line = {"perplexity": perplexity(model, ids, tokenizer.bos_token_id, length, 32)}
-        for task in data.NEEDLE_TASKS:
-            line[task] = recall(model, needle_set(tokenizer, ids, length, count, task))
-        found[name] = {key: round(value, 3) for key, value in line.items()}
-        print(f"{name:>7}  " + "  ".join(f"{k} {v:.3f}" for k, v in line.items()), flush=True)
-    examples = needle_set(tokenizer, ids, length, count)
-    by_depth: dict = {}
-    model = with_window(source, tuple(layers))
-    for example in examples:
-        by_depth.setdefault(example.depth, []).append(recall(model, [example]))
-    found["by_depth"] = {depth: sum(v) / len(v) for depth, v in by_depth.items()}
-    print("full, multikey by depth: ", found["by_depth"], flush=True)
-    pairs = {}
-    for pair in itertools.combinations(layers, 2):
-        pairs[pair] = recall(with_window(source, pair), examples)
-        print(f"full layers {pair}: multikey {pairs[pair]:.3f}", flush=True)
-    best = sorted(pairs, key=lambda pair: -pairs[pair])
-    print("best:", ", ".join(f"{pair} {pairs[pair]:.3f}" for pair in best[:8]))
-    uniform = [(i, i + len(layers) // 2) for i in range(len(layers) // 2)]
-    print("uniform:", ", ".join(f"{pair} {pairs[pair]:.3f}" for pair in uniform))
-    found["pairs"] = {f"{a},{b}": round(value, 3) for (a, b), value in pairs.items()}
     return found
 
 

@@ -20,7 +20,7 @@ _PUBLIC = {
     "LayerPlan": "morph.plan",
     "Plan": "morph.plan",
     "Scores": "morph.plan",
-    "choose": "morph.plan",
+    "choose": "morph.selection",
     "hybrid": "morph.modeling",
     "graft": "morph.surgery",
     "convert": "morph.pipeline",

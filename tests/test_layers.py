@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "morph"
 
 FLOORS = {
     "errors": 0, "strict": 0, "_autoload": 0,
-    "registry": 1, "plan": 1, "recipes": 1,
+    "registry": 1, "plan": 1, "selection": 1, "recipes": 1,
     "kernels": 2,
     "families": 3, "cache": 3, "data": 3, "evaluation": 3, "_tiny": 3,
     "mixers": 4,
@@ -29,7 +29,7 @@ FLOORS = {
 PACKAGE = 0  # `from morph import __version__`
 
 SIDEWAYS = {
-    ("strict", "errors"), ("plan", "registry"), ("recipes", "plan"), ("recipes", "registry"),
+    ("strict", "errors"), ("plan", "registry"), ("selection", "plan"), ("recipes", "plan"), ("recipes", "registry"),
     ("selectors", "surgery"), ("modeling", "surgery"), ("evaluate", "surgery"),
     ("__main__", "cli"),
 }  # fmt: skip

@@ -19,11 +19,10 @@ from morph.plan import (
     LayerPlan,
     Plan,
     Scores,
-    choose,
-    choose_units,
     full_plan,
     uniform_plan,
 )
+from morph.selection import choose, choose_units
 
 WINDOW = CacheCost(tokens=16)
 STATE = CacheCost(tokens=0, state_elements=64)

@@ -26,8 +26,9 @@ from morph.evaluation import (
     differences,
     summarise,
 )
-from morph.plan import Budget, CacheCost, Geometry, Scores, choose, full_plan
+from morph.plan import Budget, CacheCost, Geometry, Scores, full_plan
 from morph.recipes.schema import Mixer, Recipe, Stage
+from morph.selection import choose
 
 HOSTILE = "<script>alert(1)</script>[/x]$\\frac{$|`\n\x1b[31m&雪 http://evil.example"
 LAYERS = 8

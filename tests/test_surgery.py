@@ -10,7 +10,8 @@ import torch
 from morph import registry, strict, surgery
 from morph._tiny import tiny_model
 from morph.errors import PlanError
-from morph.plan import Budget, choose
+from morph.plan import Budget
+from morph.selection import choose
 from morph.selectors import _common
 from morph.surgery import CHEAP, FULL, Batch
 

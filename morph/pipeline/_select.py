@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from morph import plan as planning
-from morph import registry, strict
+from morph import registry, selection, strict
 from morph.errors import MismatchError, PlanError, escape
 from morph.pipeline import _data
 from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
@@ -111,7 +111,7 @@ def kept_count(source: Source, section: Select) -> int:
         values=tuple((0.0,) * width for _ in range(source.geometry.num_hidden_layers)),
         unit="none",
     )
-    return len(planning.choose_units(blank, budget_of(section), geometry=source.geometry))
+    return len(selection.choose_units(blank, budget_of(section), geometry=source.geometry))
 
 
 def _blind(probe: Any, batches: Sequence[Batch]) -> str:
@@ -154,7 +154,7 @@ def make_plan(
 
     budget = budget_of(section)
     _check_scores(scores, source)
-    keep = planning.choose_units(scores, budget, geometry=source.geometry)
+    keep = selection.choose_units(scores, budget, geometry=source.geometry)
     made_for = scores.provenance.get("selector_options", {}).get("count")
     if made_for not in (None, len(keep)):
         say(
@@ -183,7 +183,7 @@ def make_plan(
     heads = tuple(range(source.geometry.num_attention_heads))
     group = planning.HeadGroup(mixer=mixer.name, heads=heads, options=mixer.options)
     options, cache = surgery.group_cost(group, source.geometry, source.geometry.candidates[0])
-    plan = planning.plan_of_units(
+    plan = selection.plan_of_units(
         scores,
         keep,
         geometry=source.geometry,
