@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 
 if __name__ == "__main__" or not __package__:
@@ -450,6 +451,7 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     sets: Sets = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure recall by length and depth, perplexity, cache and speed, beside the baselines."""
@@ -458,7 +460,7 @@ def evaluate(
 
     recipe = _recipe(against or model, sets, data=data, seed=seed)
     found = pipeline.evaluate_command(
-        recipe, model, source=against, out=out, say=terminal.say
+        recipe, model, source=against, out=out, force=force, say=terminal.say
     )
     terminal.emit(found, as_json, terminal.evaluation)
     terminal.next_command(_next.after_evaluate(recipe, model, against))
@@ -514,7 +516,17 @@ def run(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; a user's mistake is one line, no traceback."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:  # a process of our own: a scheduler's stop is a stop like Ctrl-C
+        signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_guarded(lambda: _call(given)))
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """Stop as at Ctrl-C, and hold back where that is held back."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # ignored, as in a background job
+        raise KeyboardInterrupt
+    handler(number, frame)
 
 
 def _call(arguments: list[str]) -> int:
@@ -527,6 +539,8 @@ def _call(arguments: list[str]) -> int:
             command.invoke(context)
     except typer.Exit as done:
         return int(done.exit_code)
+    if "--dry-run" in arguments:
+        terminal.next_command([a for a in arguments if a != "--dry-run"])
     return 0
 
 

@@ -255,6 +255,12 @@ def scores(found: Any) -> None:
 def plan(found: Mapping[str, Any]) -> None:
     """Print a plan: its pattern and what it saves."""
     told = {k: v for k, v in found.items() if k not in ("cache_bytes", "load", "serve")}
+    told["full_heads"] = "; ".join(
+        f"layer {layer}: {', '.join(map(str, heads)) or 'none'}"
+        for layer, heads in (found.get("full_heads") or {}).items()
+    )
+    if not told["full_heads"]:
+        told.pop("full_heads")
     for name, entry in (found.get("cache_bytes") or {}).items():
         before, after = entry["source"], entry["hybrid"]
         share = f"{after / before:.2f}x, 16 bit"
@@ -297,7 +303,12 @@ def evaluation(found: Any) -> None:
     """Print the table of an evaluation, its notes below."""
     from morph import report
 
-    show(report.table(found))
+    made = report.table(found)
+    made.caption = None  # as wide as the table, which may be narrow
+    show(made)
+    width = shutil.get_terminal_size().columns
+    for note in found.notes:
+        print(textwrap.fill(f"note: {escape(note, 1000)}", width, subsequent_indent="  "))
 
 
 def run(found: Mapping[str, Any]) -> None:

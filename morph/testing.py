@@ -1,7 +1,7 @@
 """Public helpers for testing kernels and mixers, from inside the package or outside.
 
 `assert_close` compares with a reference, `poison_empty` fills fresh memory with NaN, `exactly`
-compares bits.
+compares bits, `tiny_model` makes a random model of any family.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from morph._tiny import tiny_model as tiny_model
 
 # Largest RMS(error) / RMS(reference) by dtype of the result. Rounding alone gives 2.6e-8 in
 # float32, 2e-4 in float16 and 1.7e-3 in bfloat16; a kernel adds a few roundings to that.

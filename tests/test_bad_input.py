@@ -248,6 +248,14 @@ def test_path_that_is_no_checkpoint(command: str, model: str, named: str, place:
     assert named in refused(place.root, code, command, model, *more.get(command, []))
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[", '{"model": 3}'])
+def test_broken_tokenizer(content: str, place: Place) -> None:
+    (place.model / "tokenizer.json").write_text(content)
+    data = ["--data", place.text]
+    line = refused(place.root, 3, "score", place.model, *data, *TASK, *WINDOW, "--out", "s.json")
+    assert "tokenizer" in line
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "both"])
 def test_missing_tokenizer(file: str, place: Place, unverified: None) -> None:
     (place.model / "tokenizer.json").unlink()
@@ -577,6 +585,14 @@ def test_output_of_evaluate_and_run(out: str, place: Place) -> None:
         refused(place.root, 2, "run", "r.yaml", "--out", out, *force)
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "report.html"])
+def test_report_that_exists(name: str, place: Place) -> None:
+    (place.root / "full").mkdir()
+    (place.root / "full" / name).write_text("mine")
+    line = refused(place.root, 2, "evaluate", place.model, "--data", place.text, "--out", "full")
+    assert "--force" in line
+
+
 def test_run_into_a_folder_with_other_files(place: Place) -> None:
     (place.root / "full").mkdir()
     (place.root / "full" / "mine.txt").write_text("mine")
@@ -790,11 +806,15 @@ def test_hostile_names_do_not_drive_the_terminal(place: Place) -> None:
     folder = place.root / "a\x1b[31m[" / "x]\n[bold]"
     place.model.rename(folder)
     (folder / "\x1b]0;owned\x07[red].txt").write_text("x")
+    good_config = (folder / "config.json").read_text()
     config(dtype="\x1b[2J")(folder)
     code, out, err = morph("inspect", folder)
     assert code == 0, err
     assert "\x1b" not in out + err and "\x07" not in out + err
     assert "\\x1b[31m[/x]" in out
+    line = refused(place.root, 3, "score", folder, "--selector", "uniform", "--out", "[red].json")
+    assert "\\x1b[2J" in line
+    (folder / "config.json").write_text(good_config)
     code, out, err = morph(
         "score", folder, "--selector", "uniform", "--set", "mixer.window=8", "--out", "[red].json"
     )

@@ -38,7 +38,7 @@ FLAGS = {
     "convert": "plan selector budget mixer granularity keep replace data target with-code no-swaps"
     " family seed dtype set force dry-run json",
     "distill": "teacher out data stages target seed set force dry-run json",
-    "evaluate": "against data out seed set json",
+    "evaluate": "against data out seed set force json",
     "verify": "against json",
     "run": "out set force dry-run json",
 }
@@ -256,6 +256,18 @@ def test_as_a_module() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["", "background"])
+def test_a_schedulers_stop_is_a_stop(background: bool) -> None:
+    code = (
+        "import os, signal, sys\nfrom morph import cli, registry\n"
+        f"if {background}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "registry.summary = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\ncli.main()"
+    )
+    done = python(code, "list")
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr.startswith("error: stopped") and len(done.stderr.splitlines()) == 1
+
+
 def test_a_reader_that_hangs_up_is_no_error() -> None:
     code = "import sys\nfrom morph.cli import main\nmain(['list'])"
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
@@ -394,7 +406,10 @@ def test_show_every_part(part: str) -> None:
 
 
 def test_env() -> None:
-    assert "torch" in json.loads(good("env", "--json").out)
+    found = json.loads(good("env", "--json").out)
+    assert "torch" in found
+    for name in registry.names("kernels"):
+        assert "runs here" in found[f"kernel {name}"]
     assert good("env").next == ["list"]
 
 
@@ -495,6 +510,19 @@ def test_road_checkpoint(road: Road, source: Path) -> None:
     assert 0.4 < cache["hybrid"] / cache["source"] < 0.6
 
 
+def test_same_inputs_same_bytes(
+    road: Road, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from morph.pipeline import _verify
+
+    told = json.loads(road.stages["convert"].out)["verification"]
+    monkeypatch.setattr(_verify, "load_and_compare", lambda *a, **k: told)
+    good("convert", source, tmp_path / "another name", "--plan", road.folder / "plan.json")
+    one, two = road.folder / "source-hybrid", tmp_path / "another name"
+    for file in sorted(one.iterdir()):
+        assert file.read_bytes() == (two / file.name).read_bytes(), file.name
+
+
 def test_road_evaluation(road: Road) -> None:
     found = json.loads((road.folder / "report" / "evaluation.json").read_text())
     assert [m["name"] for m in found["models"]] == ["source", "hybrid", "uniform", "window"]
@@ -548,6 +576,7 @@ def test_dry_runs_write_nothing(source: Path, tmp_path: Path, road: Road) -> Non
     with contextlib.chdir(tmp_path):
         told = json.loads(good("score", source, "--dry-run", "--json", "--budget", "2").out)
         assert (told["kept_full"], told["layers"]) == (2, 4)
+        assert good("score", source, "--dry-run", "--seed", "1").next[2:] == ["--seed", "1"]
         plan_file = road.folder / "plan.json"
         told = json.loads(
             good("convert", source, "o", "--plan", plan_file, "--dry-run", "--json").out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from morph import registry, strict, surgery
-from morph._tiny import tiny_model
+from morph.testing import tiny_model
 from morph.errors import PlanError
 from morph.plan import Budget
 from morph.selection import choose

@@ -151,6 +151,11 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "pattern": plan.pattern,
         "full_layers": list(plan.full_layers),
+        "full_heads": {
+            i: [h for g in layer.groups if g.mixer == "full" for h in g.heads]
+            for i, layer in enumerate(plan.layers)
+            if layer.mixer is None
+        },
         "mixers": list(plan.mixers),
         "cache_bytes": {
             name: {"source": full.cache_bytes(length), "hybrid": plan.cache_bytes(length)}
@@ -334,6 +339,7 @@ def distill_command(
         provenance={"distill": _train.summary(log, recipe)},
         say=say,
     )
+    say(f"{work} holds the training log and the state to resume from; it may be deleted")
     return _tell(written, made)
 
 
@@ -384,6 +390,7 @@ def evaluate_command(
     *,
     source: str | None = None,
     out: Path | None = None,
+    force: bool = False,
     say: Say = quiet,
 ) -> Evaluation:
     """Evaluate a model alone, or a hybrid beside its source and the baselines at its budget."""
@@ -391,7 +398,7 @@ def evaluate_command(
     from morph.pipeline import _measure
 
     if out is not None:
-        _check_folder(out, [model, *([source] if source else [])])
+        _check_folder(out, [model, *([source] if source else [])], force)
     found = _measure.compare(recipe, model, source, say=say)
     if out is not None:
         from morph import report
@@ -403,14 +410,19 @@ def evaluate_command(
     return found
 
 
-def _check_folder(out: Path, inputs: Sequence[str]) -> None:
-    """Raise OutputExists where a folder for reports is a file, or lies in what is measured."""
+def _check_folder(out: Path, inputs: Sequence[str], force: bool) -> None:
+    """Raise OutputExists where a folder for reports is a file, has one, or lies in an input."""
     if out.exists() and not out.is_dir():
         raise OutputExists(f"{out} is a file; --out names a folder here.")
     for given in map(Path, inputs):
         here = given.resolve()
         if given.is_dir() and here in (out.resolve(), *out.resolve().parents):
             raise OutputExists(f"{out} is, or lies inside, the input {given}. Write elsewhere.")
+    for name in ("evaluation.json", "report.html", "report.md"):
+        if (out / name).exists() and not force:
+            raise OutputExists(
+                f"{out / name} exists. Give another --out, or --force to replace the report."
+            )
 
 
 def verify_command(path: Path, against: str | None, *, say: Say = quiet) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A whole recipe, resumable: a stage runs again only when what it is made from has changed.
 
+What a run leaves in its folder:
+
     OUT/recipe.yaml        the recipe as it ran
     OUT/scores.json        what the selector measured
     OUT/plan.json          who keeps full attention
