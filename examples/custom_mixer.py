@@ -82,7 +82,7 @@ def main(model: str) -> None:
     from morph.plan import uniform_plan
     from morph.surgery import geometry_of
 
-    name = Path(__file__).stem  # a single file is found where Python looks for modules
+    name = Path(__file__).stem  # this file again, under the name by which a plan finds it
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 
 if __name__ == "__main__" or not __package__:
     sys.exit("run `morph` or `python -m morph`: by path, morph/ would hide the standard library.")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from morph import terminal
-from morph.errors import Interrupted, MorphError, StorageError, UsageError
+from morph._flags import (
+    BudgetOption,
+    DryRun,
+    DType,
+    FamilyOption,
+    Force,
+    GranularityOption,
+    Json,
+    Keep,
+    MixerOption,
+    Model,
+    NoSwaps,
+    Out,
+    Replace,
+    Seed,
+    Selector,
+    Sets,
+    Target,
+    Texts,
+    as_recipe,
+    as_units,
+    given_once,
+    parser,
+    refuse_choices,
+)
+from morph.errors import Interrupted, MorphError, StorageError
 
 app = typer.Typer(
     name="morph",
@@ -25,75 +49,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local checkpoint folder or Hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set one value by dotted name, such as mixer.window=512. Repeatable.",
-    ),
-]
-FamilyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--family", metavar="NAME", help="Read the model as this family; see `morph list families`."
-    ),
-]
-Texts = Annotated[
-    list[str] | None,
-    typer.Option("--data", metavar="FILE", help="Text: .txt, .json or .jsonl. Repeatable."),
-]
-Selector = Annotated[
-    str | None,
-    typer.Option("--selector", metavar="NAME", help="Who chooses; see `morph list selectors`."),
-]
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        metavar="LIMIT",
-        help="Full attention to keep: 7 (layers), 1/4, 25%, or 4096B (cache a token).",
-    ),
-]
-MixerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mixer", metavar="NAME", help="What replaces attention; see `morph list mixers`."
-    ),
-]
-GranularityOption = Annotated[
-    str | None,
-    typer.Option("--granularity", metavar="UNIT", help="What is chosen: layer, kv_head or head."),
-]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--keep", metavar="UNITS", help="Layers (3) or units (3.1) that stay full. Repeatable."
-    ),
-]
-Replace = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--replace", metavar="UNITS", help="Layers (3) or units (3.1) to replace. Repeatable."
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
-DType = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype", metavar="TYPE", help="Compute in float32 (default), bfloat16 or float16."
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
-Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")]
-Target = Annotated[
-    str, typer.Option("--target", metavar="FORM", help="What to write: auto, stock or package.")
-]
-NoSwaps = Annotated[bool, typer.Option("--no-swaps", help="Skip the verify-and-swap pass.")]
 
 
 def _version(wanted: bool) -> None:
@@ -142,9 +97,7 @@ def show(
     from morph import registry
 
     for kind, part in terminal.find_part(name):
-        terminal.part(
-            kind, part, registry.docstring(kind, part), registry.options(kind, part)
-        )
+        terminal.part(kind, part, registry.docstring(kind, part), registry.options(kind, part))
     terminal.next_command(["check", part] if kind == "recipes" else ["list", kind])
 
 
@@ -196,49 +149,6 @@ def check(
     terminal.next_command(["run", recipe, *more, *(x for s in sets or () for x in ("--set", s))])
 
 
-def _recipe(
-    model: str,
-    sets: list[str] | None,
-    *,
-    family: str | None = None,
-    data: list[str] | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    mixer: str | None = None,
-    **select: Any,
-) -> Any:
-    """Return the Recipe that flags describe, `--set` applied last."""
-    from morph.recipes import schema
-
-    raw: dict[str, Any] = {"model": model, "seed": seed, "select": {}, "mixer": {}}
-    raw |= {k: v for k, v in {"family": family, "dtype": dtype}.items() if v is not None}
-    if data:
-        raw["data"] = {"text": list(data)}
-    if mixer:
-        raw["mixer"]["name"] = mixer
-    raw["select"] = {k: v for k, v in select.items() if v is not None}
-    _said_once(raw, sets or [])
-    return schema.from_data(schema.apply_sets(raw, sets or []), "command line")
-
-
-def _said_once(raw: dict[str, Any], sets: list[str]) -> None:
-    """Refuse a `--set` of what a flag says already: two limits at once are a contradiction."""
-    for text in sets:
-        section, _, key = text.partition("=")[0].strip().rpartition(".")
-        if key != "seed" and key in (raw.get(section) or {} if section else raw):
-            raise UsageError(f"--set {text}: a flag says this already; give one of the two.")
-
-
-def _units(pins: list[str] | None) -> list[Any] | None:
-    if not pins:
-        return None
-    try:
-        parts = [[int(x) for x in p.split(".")] for text in pins for p in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"a layer (3) or layer.unit (3.1) was expected: {error}.") from error
-    return [p[0] if len(p) == 1 else p for p in parts]
-
-
 @app.command()
 def score(
     model: Model,
@@ -260,7 +170,7 @@ def score(
     from morph import pipeline
     from morph.pipeline import _next
 
-    recipe = _recipe(
+    recipe = as_recipe(
         model,
         sets,
         family=family,
@@ -302,15 +212,15 @@ def plan(
     from morph import pipeline
     from morph.pipeline import _next
 
-    recipe = _recipe(
+    recipe = as_recipe(
         model,
         sets,
         data=data,
         seed=seed,
         mixer=mixer,
         budget=budget,
-        keep=_units(keep),
-        replace=_units(replace),
+        keep=as_units(keep),
+        replace=as_units(replace),
         verify_swaps=None if not no_swaps else False,
     )
     found = pipeline.plan_command(recipe, scores, out, force=force, say=terminal.say)
@@ -350,7 +260,7 @@ def convert(
     from morph import pipeline
     from morph.pipeline import _next
 
-    recipe = _recipe(
+    recipe = as_recipe(
         model,
         sets,
         family=family,
@@ -361,12 +271,12 @@ def convert(
         selector=selector,
         budget=budget,
         granularity=granularity,
-        keep=_units(keep),
-        replace=_units(replace),
+        keep=as_units(keep),
+        replace=as_units(replace),
         verify_swaps=None if not no_swaps else False,
     )
     if plan_file is not None:
-        _planned(selector, budget, mixer, granularity, keep, replace, sets, no_swaps)
+        refuse_choices(selector, budget, mixer, granularity, keep, replace, sets, no_swaps)
     if dry_run:
         return terminal.emit(pipeline.dry_run(recipe, plan_file), as_json, terminal.plan)
     found = pipeline.convert_command(
@@ -380,15 +290,6 @@ def convert(
     )
     terminal.emit(found, as_json, terminal.written)
     terminal.next_command(_next.after_convert(recipe, out))
-
-
-def _planned(*given: Any) -> None:
-    """Refuse flags that choose, where a plan has chosen."""
-    if any(given):
-        raise UsageError(
-            "--plan says which layers are replaced, and by what: leave out --selector, --budget, "
-            "--mixer, --granularity, --keep, --replace, --no-swaps and --set, or leave out --plan."
-        )
 
 
 @app.command()
@@ -421,7 +322,7 @@ def distill(
     from morph import pipeline
     from morph.pipeline import _next
 
-    recipe = _recipe(teacher, [], data=data, seed=seed)
+    recipe = as_recipe(teacher, [], data=data, seed=seed)
     recipe = pipeline.with_stages(recipe, stages, sets or [])
     if dry_run:
         return terminal.emit(pipeline.distill_dry_run(recipe, hybrid), as_json, terminal.pairs)
@@ -458,7 +359,7 @@ def evaluate(
     from morph import pipeline
     from morph.pipeline import _next
 
-    recipe = _recipe(against or model, sets, data=data, seed=seed)
+    recipe = as_recipe(against or model, sets, data=data, seed=seed)
     found = pipeline.evaluate_command(
         recipe, model, source=against, out=out, force=force, say=terminal.say
     )
@@ -530,53 +431,18 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _call(arguments: list[str]) -> int:
-    command = _parser()
+    command = parser(app)
     try:
         with command.make_context("morph", list(arguments) or ["--help"]) as context:
             name = next((a for a in arguments if a in command.commands), None)
             if name is not None:
-                _given_once(command.commands[name], arguments)
+                given_once(command.commands[name], arguments)
             command.invoke(context)
     except typer.Exit as done:
         return int(done.exit_code)
     if "--dry-run" in arguments:
         terminal.next_command([a for a in arguments if a != "--dry-run"])
     return 0
-
-
-def _parser() -> Any:
-    """Return the parser, its help worded so that no `literal` or flag is broken over two lines."""
-    group: Any = typer.main.get_command(app)
-    for command in [group, *group.commands.values()]:
-        command.help = command.short_help = _unbroken(command.help or "")
-        for parameter in command.params:
-            parameter.help = _unbroken(getattr(parameter, "help", None) or "")
-            if parameter.param_type_name == "argument":  # typer's own words vary with its version
-                row = (parameter.metavar, parameter.help)
-                parameter.get_help_record = lambda context, row=row: row
-                parameter.get_usage_pieces = lambda context, row=row: [row[0]]
-        command.get_help = lambda context, plain=command.get_help: _broken(plain(context))
-    return group
-
-
-_JOINTS = str.maketrans(" -", "\u00a0\u2011")
-
-
-def _unbroken(text: str) -> str:
-    return re.sub(r"`[^`]+`|\S*-\S*", lambda found: found[0].translate(_JOINTS), text)
-
-
-def _broken(text: str) -> str:
-    return text.replace("\u00a0", " ").replace("\u2011", "-")
-
-
-def _given_once(command: Any, arguments: Sequence[str]) -> None:
-    """Refuse an option that is given twice, of which all but the last would be ignored."""
-    given = [a.partition("=")[0] for a in arguments]
-    for parameter in command.params:
-        for flag in parameter.opts:
-            if flag.startswith("--") and not parameter.multiple and given.count(flag) > 1:
-                raise UsageError(f"{flag} is given {given.count(flag)} times; give it once.")
 
 
 def _guarded(call: Callable[[], int]) -> int:

@@ -23,7 +23,7 @@ FLOORS = {
     "mixers": 4,
     "selectors": 5, "surgery": 5, "checkpoint": 5, "modeling": 5, "distill": 5, "evaluate": 5,
     "restore": 5, "report": 5, "testing": 5,
-    "pipeline": 6, "terminal": 6,
+    "pipeline": 6, "terminal": 6, "_flags": 6,
     "cli": 7, "__main__": 7, "_fresh": 7, "_reference": 7,  # entry points of processes
 }  # fmt: skip
 PACKAGE = 0  # `from morph import __version__`
