@@ -4,6 +4,7 @@ Imports nothing of morph unless the job asks for it, so that a stock checkpoint 
 transformers alone. Reads a JSON job from standard input, writes `report.json` and `logits.npy`.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -20,7 +21,11 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if job["morph"]:
         sys.path.insert(0, job["morph"])
+        sys.path.extend(job["paths"])
         import morph  # noqa: F401
+
+        for name in job["imports"]:
+            importlib.import_module(name)
     start = time.perf_counter()
     import torch
     from transformers import AutoModelForCausalLM

@@ -67,8 +67,18 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="Import a module whose parts a checkpoint names."
+        ),
+    ] = None,
 ) -> None:
     terminal.DEBUG = debug
+    for name in imports or []:
+        from morph import registry
+
+        registry.import_module(name)
 
 
 @app.command("list")

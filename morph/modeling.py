@@ -29,7 +29,9 @@ def plan_of(config: Any) -> Plan:
     data = getattr(config, "morph", None)
     if not isinstance(data, dict) or "plan" not in data:
         raise CheckpointError(f"config of {config.model_type}: key 'morph.plan' is missing.")
-    return planning.loads_plan(json.dumps(data["plan"]), "config.morph.plan")
+    plan = planning.loads_plan(json.dumps(data["plan"]), "config.morph.plan")
+    registry.refuse_imports("mixers", plan.mixers, "config.morph.plan")
+    return plan
 
 
 class _Morph:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -306,7 +307,7 @@ class Plan:
             if layer.is_full:
                 letters.append("F" if window is None else "o")
             else:
-                letters.append(layer.mixer[0].upper() if layer.mixer else "*")
+                letters.append(re.split("[.:]", layer.mixer)[-1][0].upper() if layer.mixer else "*")
         return "".join(letters)
 
     @property

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from morph.errors import UnknownName, escape, nearest
+from morph.errors import CheckpointError, UnknownName, escape, nearest
 
 KINDS = ("families", "kernels", "mixers", "selectors", "recipes")
 ROOT = Path(__file__).parent
@@ -103,6 +105,31 @@ def load(kind: str, name: str) -> Any:
         return _outside(kind, name)
     path(kind, name)  # raises UnknownName
     raise AssertionError("unreachable")
+
+
+def import_module(name: str) -> None:
+    """Import a module that the user names; raise UnknownName where that fails."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, ValueError, TypeError) as error:
+        raise UnknownName(
+            f"module {escape(name)!r} cannot be imported: {escape(error)}."
+        ) from error
+
+
+def refuse_imports(kind: str, found: Iterable[str], where: str) -> None:
+    """Raise CheckpointError where data names an outside part that nobody has imported yet.
+
+    A checkpoint may name parts, but it may not make morph import a module: that runs code.
+    """
+    for name in found:
+        module = name.partition(":")[0]
+        if name not in names(kind) and module not in sys.modules:
+            raise CheckpointError(
+                f"{where}: {_one(kind)} {escape(name)!r} is not part of morph, and a checkpoint "
+                f"may not choose what is imported. If you trust it, import {escape(module)} first "
+                f"(on the command line: morph --import {escape(module)} ...)."
+            )
 
 
 def _outside(kind: str, name: str) -> Any:

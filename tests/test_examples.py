@@ -107,3 +107,11 @@ def test_mixer_from_outside_is_the_window_at_the_start_and_decodes_what_it_prefi
         first = hybrid(ids[:, :40], use_cache=True)
         rest = hybrid(ids[:, 40:], past_key_values=first.past_key_values).logits
     assert torch.allclose(whole[:, 40:], rest, atol=1e-5)
+
+
+def test_a_mixer_from_outside_is_written_and_verified(folder, outside):
+    mixer = ["--mixer", f"{outside}.custom_mixer", "--set", "mixer.window=16"]
+    command = ["convert", str(folder / "model"), "mine", "--selector", "uniform", *mixer]
+    with pytest.raises(SystemExit) as done:
+        cli.main(command)
+    assert not done.value.code

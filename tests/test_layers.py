@@ -29,7 +29,8 @@ FLOORS = {
 PACKAGE = 0  # `from morph import __version__`
 
 SIDEWAYS = {
-    ("strict", "errors"), ("plan", "registry"), ("selection", "plan"), ("recipes", "plan"), ("recipes", "registry"),
+    ("strict", "errors"), ("plan", "registry"), ("selection", "plan"), ("recipes", "plan"),
+    ("recipes", "registry"),
     ("selectors", "surgery"), ("modeling", "surgery"), ("evaluate", "surgery"),
     ("__main__", "cli"),
 }  # fmt: skip

@@ -10,10 +10,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import morph
 from morph import modeling, registry, surgery
-from morph.testing import tiny_model
 from morph.cache import held_bytes
 from morph.errors import CheckpointError, MismatchError, PlanError, UnknownName
 from morph.plan import HeadGroup, LayerPlan, Plan, full_plan, uniform_plan
+from morph.testing import tiny_model
 
 FAMILIES = registry.names("families")
 WINDOW = 6

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from morph import registry, strict, surgery
-from morph.testing import tiny_model
 from morph.errors import PlanError
 from morph.plan import Budget
 from morph.selection import choose
 from morph.selectors import _common
 from morph.surgery import CHEAP, FULL, Batch
+from morph.testing import tiny_model
 
 SELECTORS = registry.names("selectors")
 MIXERS = [name for name in registry.names("mixers") if name != "full"]

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from morph import checkpoint
+from morph import checkpoint, registry
 from morph import plan as planning
 from morph.errors import MismatchError, OutputExists, RecipeError, UsageError, escape, nearest
 from morph.pipeline import _data, _select
@@ -62,7 +62,6 @@ def environment() -> dict[str, Any]:
     found["flash-linear-attention"] = _installed("flash-linear-attention")
     found["threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    from morph import registry
 
     sizes = {"B": 1, "T": 4, "H": 2, "G": 1, "K": 8, "V": 8}
     for name in registry.names("kernels"):
@@ -103,9 +102,7 @@ def _corpus(recipe: Recipe, source: Source, root: Path | None = None) -> _data.C
     return _data.corpus(recipe.data, source.tokenizer(), root)
 
 
-def score_command(
-    recipe: Recipe, out: Path, *, force: bool = False, say: Say = quiet
-) -> Scores:
+def score_command(recipe: Recipe, out: Path, *, force: bool = False, say: Say = quiet) -> Scores:
     """Score the recipe's model and write scores.json."""
     source = open_source(recipe.model, recipe.family)
     check_result(out, force, [source.path, *recipe.data.text])
@@ -179,6 +176,7 @@ def dry_run(
     kept = _select.kept_count(source, recipe.select)
     width = shape.units(recipe.select.granularity)
     per_token = 2 * shape.entry_elements() * shape.num_key_value_heads
+    length = _select.with_length(recipe.select, recipe.mixer, source).seq_len or 0
     return {
         "model": str(source.path),
         "family": source.family.model_type,
@@ -191,7 +189,7 @@ def dry_run(
         "mixer": recipe.mixer.name,
         "full_cache_bytes_per_token": per_token * len(shape.candidates),
         "kept_cache_bytes_per_token": per_token * kept // width,
-        "calibration_tokens": recipe.select.examples * recipe.select.seq_len,
+        "calibration_tokens": recipe.select.examples * length,
         **_training_cost(recipe, source),
     }
 
@@ -263,9 +261,7 @@ def _check_target(target: str) -> None:
         )
 
 
-def _chosen(
-    recipe: Recipe, source: Source, say: Say
-) -> tuple[Scores, Plan, dict[str, Any]]:
+def _chosen(recipe: Recipe, source: Source, say: Say) -> tuple[Scores, Plan, dict[str, Any]]:
     corpus = _corpus(recipe, source)
     refuse_nonfinite(source)
     model = source.model(recipe.dtype)
@@ -372,7 +368,9 @@ def plan_of_folder(path: Path, source: Source | None = None) -> Plan:
             f"{path} was not written by morph: it has no morph.json that names a plan. "
             "Convert a model first."
         )
-    plan = planning.loads_plan(json.dumps(found["plan"]), f"{path / 'morph.json'}: plan")
+    where = f"{path / 'morph.json'}: plan"
+    plan = planning.loads_plan(json.dumps(found["plan"]), where)
+    registry.refuse_imports("mixers", plan.mixers, where)
     if source is not None:
         _select.check_plan(plan, source)
         made_of = found.get("source")

@@ -133,9 +133,7 @@ def convert(
     )
 
 
-def find_target(
-    source: Source, plan: Plan, target: Target
-) -> tuple[StockTarget | None, list[str]]:
+def find_target(source: Source, plan: Plan, target: Target) -> tuple[StockTarget | None, list[str]]:
     """Return the stock architecture that holds the plan, or None and the reasons against each."""
     if target == "package":
         return None, ["a package checkpoint was asked for."]
@@ -175,8 +173,7 @@ def _tensors(source: Source, plan: Plan, student: nn.Module | None) -> tuple[Ten
     parameters = dict(student.named_parameters(remove_duplicate=False))
     new = {n: _bytes(parameters[n], code) for n in sorted(own)}
     replaced = {
-        n: _bytes(parameters[n], source.checkpoint.tensors[n].dtype)
-        for n in sorted(changed - own)
+        n: _bytes(parameters[n], source.checkpoint.tensors[n].dtype) for n in sorted(changed - own)
     }
     return new, replaced
 
@@ -252,9 +249,7 @@ def probe_ids(source: Source, plan: Plan) -> np.ndarray:
     """Return the token ids `[1, T]` that verification runs: long enough to leave every window."""
     import numpy as np
 
-    windows = [
-        g.cache.tokens for x in plan.layers for g in x.groups if g.cache and g.cache.tokens
-    ]
+    windows = [g.cache.tokens for x in plan.layers for g in x.groups if g.cache and g.cache.tokens]
     limit = int(source.checkpoint.config.get("max_position_embeddings") or 2048)
     length = max(16, min(max([48, *(2 * w for w in windows)]), limit, 4096))
     vocab = source.checkpoint.config["vocab_size"]

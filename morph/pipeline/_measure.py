@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from morph.evaluation import Evaluation
 
 
-def compare(
-    recipe: Recipe, model: str, against: str | None, *, say: Say = quiet
-) -> Evaluation:
+def compare(recipe: Recipe, model: str, against: str | None, *, say: Say = quiet) -> Evaluation:
     """Return the evaluation of `model`, with source and baselines beside it where one is named."""
     from morph.pipeline import plan_of_folder
 
@@ -30,8 +28,14 @@ def compare(
         plan = None
         if (alone.path / "morph.json").is_file():
             plan = plan_of_folder(alone.path)
-        return evaluate(recipe, {"model": lambda: alone.model(recipe.dtype)}, {"model": plan},
-                        corpus, alone.tokenizer(), say=say)
+        return evaluate(
+            recipe,
+            {"model": lambda: alone.model(recipe.dtype)},
+            {"model": plan},
+            corpus,
+            alone.tokenizer(),
+            say=say,
+        )
     source = open_source(against, recipe.family)
     given = checkpoint.Checkpoint.open(checkpoint.resolve(model), strict=False)
     plan = plan_of_folder(given.path, source)

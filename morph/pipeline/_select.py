@@ -35,6 +35,20 @@ def budget_of(section: Select) -> Budget:
     )
 
 
+def with_length(section: Select, mixer: Mixer, source: Source) -> Select:
+    """Return the section with `seq_len` filled in: longer than the window, within the context."""
+    if section.seq_len is not None:
+        return section
+    defaults = (
+        {name: default for name, _, default in registry.options("mixers", mixer.name)}
+        if mixer.name in registry.names("mixers")
+        else {}
+    )
+    window = mixer.options.get("window", int(defaults.get("window", 0)))
+    context = int(source.checkpoint.config.get("max_position_embeddings") or 2**31)
+    return replace(section, seq_len=min(max(512, 2 * int(window)), context))
+
+
 def score(
     source: Source,
     section: Select,
@@ -54,6 +68,7 @@ def score(
     from morph import surgery
 
     refuse_hybrid(source, "score")
+    section = with_length(section, mixer, source)
     kept_count(source, section)  # a limit that cannot be met is refused before anything runs
     module = registry.load("selectors", section.selector)
     options = _options(module, section, source)
@@ -152,15 +167,12 @@ def make_plan(
     """
     from morph import surgery
 
+    section = with_length(section, mixer, source)
     budget = budget_of(section)
     _check_scores(scores, source)
     keep = selection.choose_units(scores, budget, geometry=source.geometry)
-    made_for = scores.provenance.get("selector_options", {}).get("count")
-    if made_for not in (None, len(keep)):
-        say(
-            f"warning: {scores.selector} placed {made_for} units, the budget keeps {len(keep)}; "
-            "score again with this budget."
-        )
+    for warning in _mismatches(scores, mixer, len(keep)):
+        say(f"warning: {warning} Score again for this plan.")
     report: dict[str, Any] = {}
     chosen_blindly = scores.selector in ("uniform", "random")
     if section.verify_swaps and corpus is not None and not chosen_blindly:
@@ -178,6 +190,7 @@ def make_plan(
                 scores.granularity,
                 pinned=_pinned(budget.keep, width),
                 barred=_pinned(budget.replace, width),
+                min_full_per_layer=budget.min_full_per_layer,
                 progress=say,
             )
     heads = tuple(range(source.geometry.num_attention_heads))
@@ -192,6 +205,22 @@ def make_plan(
         cache=cache,
     )
     return surgery.resolve_costs(plan), report
+
+
+def _mismatches(scores: Scores, mixer: Mixer, count: int) -> list[str]:
+    """Return what the scores were measured for that differs from what the plan will be."""
+    found, how = [], scores.provenance
+    chosen = how.get("selector_options", {})
+    placed = chosen.get("count") if chosen.get("mode", "greedy") == "greedy" else None
+    if placed not in (None, count):
+        found.append(f"{scores.selector} placed {placed} units, the budget keeps {count}.")
+    if scores.selector not in ("uniform", "random") and "mixer" in how:
+        scored = {**how.get("mixer_options", {}), **mixer.options}
+        if how["mixer"] != mixer.name:
+            found.append(f"the scores were measured with {how['mixer']}, not {mixer.name}.")
+        elif scored != how.get("mixer_options", {}):
+            found.append(f"the scores were measured with {how['mixer_options']}, not {scored}.")
+    return found
 
 
 def _check_scores(scores: Scores, source: Source) -> None:

@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from morph import checkpoint
+from morph import checkpoint, registry
 from morph import plan as planning
 from morph.errors import MismatchError, MorphError, VerificationFailed, escape
 from morph.families._family import Move, StockTarget
@@ -61,7 +61,8 @@ def load_and_compare(
             reference, original = np.load(work / "hybrid.npy"), np.load(work / "source.npy")
         else:
             reference, original = _logits(student, work / "ids.npy"), None
-        report = run_fresh(staged, work, use_morph=stock is None, dtype=dtype)
+        outside = [m for m in plan.mixers if m not in registry.names("mixers")]
+        report = run_fresh(staged, work, use_morph=stock is None, dtype=dtype, outside=outside)
         _check_report(report, plan, stock, staged)
         error = _check_logits(work, reference, report["dtype"], _shown(staged))
         if remote_code:
@@ -121,9 +122,7 @@ def against(source: Source, path: Path, plan: Plan) -> dict[str, Any]:
         moves = stock.moves(source.checkpoint.config, plan, names)
     student, changed = None, own
     if was_distilled(path):
-        student = _train.student_of(
-            source.model(compute_dtype(source, None)), plan, source, given
-        )
+        student = _train.student_of(source.model(compute_dtype(source, None)), plan, source, given)
         changed = set(given.tensors) | set(source.checkpoint.tensors)
     try:
         return load_and_compare(source, plan, path, stock, moves, changed, student)
@@ -147,9 +146,7 @@ def _shown(folder: Path) -> str:
     return escape(re.sub(r"^\.(.+)\.partial-\d+-[0-9a-f]+$", r"\1", folder.name))
 
 
-def _kept_tensors(
-    source: Source, staged: Path, moves: list[Move] | None, changed: set[str]
-) -> int:
+def _kept_tensors(source: Source, staged: Path, moves: list[Move] | None, changed: set[str]) -> int:
     equal, differ, _ = checkpoint.kept_equal(
         source.checkpoint, checkpoint.Checkpoint.open(staged, strict=False), moves
     )
@@ -185,7 +182,13 @@ def _reference(source: Source, plan: Plan, work: Path, dtype: str) -> dict[str, 
 
 
 def run_fresh(
-    path: Path, work: Path, *, use_morph: bool, dtype: str = "auto", remote_code: bool = False
+    path: Path,
+    work: Path,
+    *,
+    use_morph: bool,
+    dtype: str = "auto",
+    remote_code: bool = False,
+    outside: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Load `path` in a process of its own; return its report. `use_morph` allows `import morph`.
 
@@ -198,6 +201,9 @@ def run_fresh(
         "keep": KEEP,
         "out": str(work),
         "morph": str(PACKAGE_ROOT) if use_morph else None,
+        # last, so that nothing is shadowed: mixers from outside live where this process found them
+        "paths": [os.path.abspath(p) for p in sys.path] if use_morph else [],
+        "imports": [m.partition(":")[0] for m in outside] if use_morph else [],
         "remote_code": remote_code,
     }
     script = Path(__file__).resolve().parents[1] / "_fresh.py"
@@ -263,11 +269,18 @@ def _check_report(
         if (found["attention"] == "HybridAttention") != bool(mixers):
             raise fail(f"layer {i} loaded as {found['attention']}, the plan says {mixers}.")
         prefix = "morph_mixers_" if remote_code else ""  # the file that stands for the module
-        if found["mixers"] != [prefix + m for m in mixers]:
+        if found["mixers"] != [prefix + _stem(m) for m in mixers]:
             raise fail(f"layer {i} has mixers {found['mixers']}, the plan says {mixers}.")
         idle = [j for j in range(len(mixers)) if report["runs"][f"{i}.{j}"] < 1]
         if idle:
             raise fail(f"layer {i}: mixer {mixers[idle[0]]} did not run.")
+
+
+def _stem(mixer: str) -> str:
+    """Return the last name of the module that a mixer's class comes from."""
+    if mixer in registry.names("mixers"):
+        return mixer
+    return str(registry.load("mixers", mixer).Mixer.__module__).rpartition(".")[2]
 
 
 def _rms(error: np.ndarray, reference: np.ndarray) -> float:

@@ -38,7 +38,10 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Which layers or heads keep full attention, and who decides."""
+    """Which layers or heads keep full attention, and who decides.
+
+    `seq_len` None is 512 tokens, or twice the mixer's window where that is more.
+    """
 
     selector: str = "nll"
     granularity: Granularity = "layer"
@@ -48,7 +51,7 @@ class Select:
     min_full_per_layer: int = 0
     verify_swaps: bool = True
     examples: int = 16
-    seq_len: int = 512
+    seq_len: int | None = None
     task: str = "multikey"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -186,7 +189,7 @@ def check(recipe: Recipe) -> None:
     _known("mixers", mixer.name, "mixer.name")
     _options("selectors", select.selector, select.options, "select.options")
     _options("mixers", mixer.name, mixer.options, "mixer.options")
-    _among(TASKS, (select.task,), "select.task")
+    _among((*TASKS, "text"), (select.task,), "select.task")
     _among(TASKS, evaluate.tasks, "evaluate.tasks")
     _among(BASELINES, evaluate.baselines, "evaluate.baselines")
     pins = {"keep": select.keep, "replace": select.replace}

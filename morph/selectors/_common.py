@@ -102,19 +102,26 @@ def verify_and_swap(
     *,
     pinned: Iterable[Unit] = (),
     barred: Iterable[Unit] = (),
+    min_full_per_layer: int = 0,
     max_rounds: int = 8,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[tuple[Unit, ...], dict[str, Any]]:
     """Improve a kept set by single swaps until none lowers the answer NLL; forward passes only.
 
     Every round tries each kept unit against each replaced one and takes the best swap. `pinned`
-    units stay kept, `barred` ones stay replaced. Returns the set and what it took: NLL before and
+    units stay kept, `barred` ones stay replaced, and no layer falls below `min_full_per_layer`
+    kept units. Returns the set and what it took: NLL before and
     after, swaps taken, sets tried. It repairs rankings that miss chains and redundant layers.
     """
     start = time.perf_counter()
     kept, fixed, out = set(keep), set(pinned), set(barred)
     pool = [u for u in units(morphable, granularity) if u not in out]
     taken: list[dict[str, Any]] = []
+
+    def bound(old: Unit) -> bool:
+        """Whether the layer of `old` would fall below its minimum without it."""
+        return sum(layer == old[0] for layer, _ in kept) <= min_full_per_layer
+
     sweep = Sweep(morphable, batches, kept, granularity)
     first = best = sweep.nll
     tried = 1
@@ -122,7 +129,7 @@ def verify_and_swap(
         found: tuple[float, Unit, Unit] | None = None
         for old in sorted(kept - fixed):
             for new in pool:
-                if new in kept:
+                if new in kept or (bound(old) and new[0] != old[0]):
                     continue
                 value = sweep.nll_with(kept - {old} | {new})
                 tried += 1
@@ -134,7 +141,7 @@ def verify_and_swap(
         kept = kept - {old} | {new}
         taken.append({"out": list(old), "in": list(new), "nll": best})
         if progress:
-            progress(f"swap {old} -> {new}: answer NLL {best:.4f}")
+            progress(f"swap: {_name(old)} out, {_name(new)} in; answer NLL {best:.4f}")
         sweep = Sweep(morphable, batches, kept, granularity)
     return tuple(sorted(kept)), {
         "nll_before": first,
@@ -143,3 +150,7 @@ def verify_and_swap(
         "sets_tried": tried,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _name(unit: Unit) -> str:
+    return f"layer {unit[0]}" if unit[1] == 0 else f"layer {unit[0]} unit {unit[1]}"
