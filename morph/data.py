@@ -310,7 +310,7 @@ def _needle_example(
     if room < 0:
         raise DataError(
             f"{len(needles)} needle(s) and the question need {length - room} tokens,"
-            f" length is {length}; raise length or lower num_keys"
+            f" length is {length}; set select.seq_len or evaluate.lengths to {length - room} or more"
         )
     if len(haystack) < room:
         raise DataError(
@@ -410,7 +410,8 @@ def name_recall_examples(
     if len(examples) < count:
         raise DataError(
             f"{len(stories)} stories gave {len(examples)} name questions with the name"
-            f" {min_distance} or more tokens back, {count} were asked for"
+            f" {min_distance} or more tokens back, {count} were asked for; give more whole stories"
+            " (a .json list or .jsonl: a .txt file is one document), or ask for fewer examples"
         )
     return examples
 

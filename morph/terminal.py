@@ -252,6 +252,19 @@ def scores(found: Any) -> None:
     table(f"{found.selector}: {found.unit}", ["layer", "score", ""], rows)
 
 
+def _swaps(report: Mapping[str, Any]) -> str:
+    """Say what the swap pass did: which units, and what the answers gained."""
+
+    def name(unit: Any) -> str:
+        return str(unit[0]) if unit[1] == 0 else f"{unit[0]}.{unit[1]}"
+
+    taken = [f"{name(s['out'])} -> {name(s['in'])}" for s in report["swaps"]]
+    return (
+        f"{', '.join(taken) or 'none'}; answer NLL {report['nll_before']:.4g} -> "
+        f"{report['nll_after']:.4g} ({report['sets_tried']} sets tried, {report['seconds']:.1f} s)"
+    )
+
+
 def plan(found: Mapping[str, Any]) -> None:
     """Print a plan: its pattern and what it saves."""
     told = {k: v for k, v in found.items() if k not in ("cache_bytes", "load", "serve")}
@@ -261,6 +274,8 @@ def plan(found: Mapping[str, Any]) -> None:
     )
     if not told["full_heads"]:
         told.pop("full_heads")
+    if found.get("swaps"):
+        told["swaps"] = _swaps(found["swaps"])
     for name, entry in (found.get("cache_bytes") or {}).items():
         before, after = entry["source"], entry["hybrid"]
         share = f"{after / before:.2f}x, 16 bit"
