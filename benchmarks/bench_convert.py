@@ -111,7 +111,7 @@ def main() -> None:
         copy_seconds = time.perf_counter() - start
         shutil.rmtree(work / "copy")
         code = (
-            "import json, resource, sys, time\n"
+            "import json, sys, time\n"
             "from morph import pipeline, plan\n"
             "from morph.pipeline import _convert\n"
             "source = pipeline.open_source(sys.argv[1])\n"
@@ -121,7 +121,8 @@ def main() -> None:
             "marks = [time.perf_counter()]\n"
             "written = _convert.convert(source, made, sys.argv[2],"
             " say=lambda text: marks.append(time.perf_counter()))\n"
-            "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+            "from morph._fresh import peak_bytes\n"
+            "peak = peak_bytes()\n"
             "print(json.dumps({'write': marks[2] - marks[1], 'all': written.seconds,"
             " 'peak': peak, **written.verification}))\n"
         )

@@ -8,7 +8,6 @@ path they do not share.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ def main() -> None:
     import torch
 
     from morph import plan, surgery
+    from morph._fresh import peak_bytes
     from morph.pipeline._source import open_source
 
     out = Path(job["out"])
@@ -36,8 +36,7 @@ def main() -> None:
     np.save(out / "source.npy", logits())
     surgery.graft(model, source.family, plan.loads_plan(job["plan"]), inherit=True)
     np.save(out / "hybrid.npy", logits())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (out / "reference.json").write_text(json.dumps({"peak_rss_bytes": peak}))
+    (out / "reference.json").write_text(json.dumps({"peak_rss_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

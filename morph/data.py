@@ -310,7 +310,8 @@ def _needle_example(
     if room < 0:
         raise DataError(
             f"{len(needles)} needle(s) and the question need {length - room} tokens,"
-            f" length is {length}; set select.seq_len or evaluate.lengths to {length - room} or more"
+            f" length is {length}; set select.seq_len or evaluate.lengths to at least"
+            f" {length - room}"
         )
     if len(haystack) < room:
         raise DataError(
