@@ -238,3 +238,9 @@ def test_every_flag_that_is_named_exists():
     for name, text in TEXT.items():
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"<!--.*?-->", "", text)))
         assert named <= known, f"{name}: {sorted(named - known)}"
+
+
+def test_the_recipe_in_the_readme_is_valid():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert schema.load_text(block, "README.md").mixer.options == {"window": 64}
