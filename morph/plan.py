@@ -307,7 +307,7 @@ class Plan:
             if layer.is_full:
                 letters.append("F" if window is None else "o")
             else:
-                letters.append(re.split("[.:]", layer.mixer)[-1][0].upper() if layer.mixer else "*")
+                letters.append(_letter(layer.mixer) if layer.mixer else "*")
         return "".join(letters)
 
     @property
@@ -346,6 +346,12 @@ class Plan:
                 total += tokens * cost.per_token * kv_heads * entry
                 total += cost.state_elements * STATE_BYTES * len(group.heads)
         return round(total)
+
+
+def _letter(mixer: str) -> str:
+    """Return the initial of a mixer's name, or of the last part of `package.module:object`."""
+    parts = [part.strip("_") for part in re.split("[.:]", mixer)]
+    return next((part[0].upper() for part in reversed(parts) if part), "?")
 
 
 def full_plan(model_type: str, geometry: Geometry) -> Plan:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from morph import cli
+from morph import _flags, cli
 from morph.recipes import schema
 
 REPO = Path(__file__).resolve().parent.parent
@@ -225,14 +225,14 @@ def test_links_lead_somewhere(name):
 
 
 def test_every_command_has_a_page():
-    parser = cli._parser()
+    parser = _flags.parser(cli.app)
     text = TEXT["index.md"]
     for command in parser.commands:
         assert f"`morph {command}`" in text, f"index.md does not name morph {command}"
 
 
 def test_every_flag_that_is_named_exists():
-    parser = cli._parser()
+    parser = _flags.parser(cli.app)
     known = {opt for c in (parser, *parser.commands.values()) for p in c.params for opt in p.opts}
     known |= {"--help", *FOREIGN_FLAGS}
     for name, text in TEXT.items():

@@ -32,7 +32,7 @@ SIDEWAYS = {
     ("strict", "errors"), ("plan", "registry"), ("selection", "plan"), ("recipes", "plan"),
     ("recipes", "registry"),
     ("selectors", "surgery"), ("modeling", "surgery"), ("evaluate", "surgery"),
-    ("__main__", "cli"),
+    ("__main__", "cli"), ("_reference", "_fresh"),
 }  # fmt: skip
 
 DISCOVERED = {"families", "kernels", "mixers", "selectors", "recipes"}

@@ -83,6 +83,12 @@ def path(kind: str, name: str) -> str:
     return PARTS[kind][name]
 
 
+def refuse_imports(kind: str, found: Any, where: str) -> None:
+    """Raise UnknownName where data names a part that these files do not have."""
+    for name in found:
+        path(kind, name)
+
+
 def load(kind: str, name: str) -> Any:
     """Import and return a part."""
     return importlib.import_module(f".{{path(kind, name)}}", __package__)

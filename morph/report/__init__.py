@@ -271,7 +271,7 @@ def _evaluation_blocks(evaluation: Evaluation) -> list[Block]:
     text = (
         "Recall is the share of questions with every answer token right. Differences and ratios "
         "compare with the first column, on the same questions and text; an interval around 0 "
-        "means that no difference was found."
+        "means that no difference was found. Cache bytes are those of the dtype computed in."
     )
     return [*blocks, Paragraph(text=text)]
 
