@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 
-from morph import registry, strict, surgery
+from morph import data, registry, strict, surgery
 from morph.errors import PlanError
+from morph.pipeline._data import batches_of
+from morph.pipeline._source import open_source
 from morph.plan import Budget
 from morph.selection import choose
 from morph.selectors import _common
@@ -171,3 +174,54 @@ def test_random_seeds_differ(model):
     with surgery.morphable(model, "sliding") as probe:
         found = {module.score(probe, [], module.Options(seed=s)).values for s in range(5)}
     assert len(found) > 1
+
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """The embedded checkpoint, whose recall is planted in layer 5, and questions that need it."""
+    source = open_source(str(EMBEDDED / "checkpoint"))
+    tokenizer = source.tokenizer()
+    text = data.read_text(EMBEDDED / "data" / "sherlock_holmes.txt")[-50_000:]
+    examples = data.needle_examples(
+        "multikey",
+        tokenizer,
+        data.token_ids(tokenizer, text),
+        length=256,
+        depths=[0.0, 0.3, 0.6],
+        count=6,
+        seed=0,
+    )
+    return source.model(), batches_of(examples, 256, 6)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_selectors_that_look_find_the_planted_layer(planted, selector):
+    model, batches = planted
+    module = registry.load("selectors", selector)
+    if module.NEEDS == "weights":
+        pytest.skip("looks at no data: it is a baseline, and finds nothing")
+    with surgery.morphable(model, "sliding", {"window": 64}) as probe:
+        found = module.score(probe, batches, strict.build(module.Options, {}))
+    values = [row[0] for row in found.values]
+    assert max(range(8), key=values.__getitem__) == 5
+
+
+@pytest.mark.parametrize("mode", ["add", "remove", "greedy"])
+def test_every_mode_of_nll_finds_the_planted_layer(planted, mode):
+    model, batches = planted
+    module = registry.load("selectors", "nll")
+    with surgery.morphable(model, "sliding", {"window": 64}) as probe:
+        found = module.score(probe, batches, module.Options(mode=mode, count=1))
+    values = [row[0] for row in found.values]
+    assert max(range(8), key=values.__getitem__) == 5
+
+
+def test_swaps_repair_a_set_without_the_planted_layer(planted):
+    model, batches = planted
+    with surgery.morphable(model, "sliding", {"window": 64}) as probe:
+        kept, report = _common.verify_and_swap(probe, batches, [(0, 0), (4, 0)], "layer")
+    assert (5, 0) in kept
+    assert report["nll_after"] < report["nll_before"] / 2
