@@ -70,7 +70,8 @@ def numbers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     if any(m.perplexity for m in models):
         ppl = [m.perplexity.ppl if m.perplexity else None for m in models]
         rows.append(["perplexity", *[_beside(x, ppl[0], ".4g") for x in ppl]])
-        rows.append(_difference_row(evaluation, "perplexity", 0, "  nats/token, 95 %", "+.3f"))
+        if len(models) > 1:
+            rows.append(_difference_row(evaluation, "perplexity", 0, "  nats/token, 95 %", "+.3f"))
     for n, entry in enumerate(models[0].cache):
         cells = [m.cache[n] if n < len(m.cache) else None for m in models]
         rows.append([f"cache at {tokens(entry.tokens)}", *[_bytes(c, cells[0]) for c in cells]])
@@ -165,7 +166,7 @@ def _recall_rows(evaluation: Evaluation) -> list[list[str]]:
         shares = [f"{r.recall:.2f}" if r else "-" for r in found]
         able = all(d.source_can for d in _of(evaluation, cell.task, cell.length))
         if able:
-            rows += [[label, *shares], difference]
+            rows += [[label, *shares], difference] if len(found) > 1 else [[label, *shares]]
         else:
             rows.append([label, shares[0] + ", cannot", *[f"({s})" for s in shares[1:]]])
     return rows
