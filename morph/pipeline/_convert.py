@@ -250,9 +250,10 @@ def probe_ids(source: Source, plan: Plan) -> np.ndarray:
     import numpy as np
 
     windows = [g.cache.tokens for x in plan.layers for g in x.groups if g.cache and g.cache.tokens]
-    limit = int(source.checkpoint.config.get("max_position_embeddings") or 2048)
+    config = {**source.family.defaults, **source.checkpoint.config}
+    limit = int(config.get("max_position_embeddings") or 2048)
     length = max(16, min(max([48, *(2 * w for w in windows)]), limit, 4096))
-    vocab = source.checkpoint.config["vocab_size"]
+    vocab = config["vocab_size"]
     return np.random.default_rng(0).integers(0, vocab, size=(1, length))
 
 

@@ -45,7 +45,8 @@ def with_length(section: Select, mixer: Mixer, source: Source) -> Select:
         else {}
     )
     window = mixer.options.get("window", int(defaults.get("window", 0)))
-    context = int(source.checkpoint.config.get("max_position_embeddings") or 2**31)
+    config = {**source.family.defaults, **source.checkpoint.config}
+    context = int(config.get("max_position_embeddings") or 2**31)
     return replace(section, seq_len=min(max(512, 2 * int(window)), context))
 
 
