@@ -36,6 +36,7 @@ def main() -> None:
     model, info = AutoModelForCausalLM.from_pretrained(
         job["path"],
         dtype=getattr(torch, job["dtype"], "auto"),
+        attn_implementation=job["attention"],
         output_loading_info=True,
         trust_remote_code=job["remote_code"],
     )

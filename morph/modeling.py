@@ -104,6 +104,8 @@ def model_classes(family: Family, config_class: type, module: str) -> tuple[type
         "config_class": config_class,
         "_is_stateful": True,
         "_can_compile_fullgraph": False,
+        # transformers 5.17 drops a cap on the scores under sdpa without a word
+        "_supports_sdpa": bool(source_base._supports_sdpa) and family.softcap is None,
         "_no_split_modules": [*(source_base._no_split_modules or ()), "HybridAttention"],
         "__module__": module,
     }

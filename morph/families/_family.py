@@ -108,6 +108,11 @@ class Family:
             windows=self.windows(config) if self.windows else (None,) * layers,
         )
 
+    @property
+    def attention_implementation(self) -> str | None:
+        """`eager` where scores are capped (sdpa of transformers 5.17 drops caps); None: any."""
+        return "eager" if self.softcap else None
+
     def part(self, name: str) -> Any:
         """Import and return a class or function of this family's modeling module."""
         return getattr(importlib.import_module(self.module), name)

@@ -77,6 +77,7 @@ class Source:
                 self.path,
                 config=config,
                 dtype=getattr(torch, dtype) if dtype != "auto" else "auto",
+                attn_implementation=self.family.attention_implementation,
                 use_safetensors=True,
                 output_loading_info=True,
             )

@@ -62,11 +62,12 @@ def load_and_compare(
         else:
             reference, original = _logits(student, work / "ids.npy"), None
         outside = [m for m in plan.mixers if m not in registry.names("mixers")]
-        report = run_fresh(staged, work, use_morph=stock is None, dtype=dtype, outside=outside)
+        how = {"dtype": dtype, "attention": source.family.attention_implementation}
+        report = run_fresh(staged, work, use_morph=stock is None, outside=outside, **how)
         _check_report(report, plan, stock, staged)
         error = _check_logits(work, reference, report["dtype"], _shown(staged))
         if remote_code:
-            bare = run_fresh(staged, work, use_morph=False, dtype=dtype, remote_code=True)
+            bare = run_fresh(staged, work, use_morph=False, remote_code=True, **how)
             _check_report(bare, plan, None, staged, remote_code=True)
             what = f"{_shown(staged)} by its own code"
             extra["remote_code_error"] = _check_logits(work, reference, bare["dtype"], what)
@@ -186,7 +187,8 @@ def run_fresh(
     work: Path,
     *,
     use_morph: bool,
-    dtype: str = "auto",
+    dtype: str | None = None,
+    attention: str | None = None,
     remote_code: bool = False,
     outside: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -196,7 +198,8 @@ def run_fresh(
     """
     job = {
         "path": str(path.resolve()),
-        "dtype": dtype,
+        "dtype": dtype or "auto",
+        "attention": attention,
         "ids": str(work / "ids.npy"),
         "keep": KEEP,
         "out": str(work),
