@@ -100,7 +100,6 @@ def distill(
         elif progress is not None:
             progress(event)
 
-    before = dict(student.named_parameters(remove_duplicate=False))
     log = training.distill(
         student,
         teacher,
@@ -113,11 +112,8 @@ def distill(
         else None,
         progress=told,
     )
-    after = dict(student.named_parameters(remove_duplicate=False))
-    changed = {name for name, parameter in after.items() if parameter is not before[name]}
-    student.morph_trained = tuple(  # type: ignore[assignment]
-        sorted(changed | set(getattr(student, "morph_trained", ())))
-    )
+    earlier = getattr(student, "morph_trained", ())
+    student.morph_trained = tuple(sorted({*log.trained, *earlier}))  # type: ignore[assignment]
     student.eval()
     return log
 
