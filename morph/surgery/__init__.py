@@ -16,26 +16,27 @@ from morph.surgery._graft import (
     own_parameter_names,
     resolve_costs,
 )
-from morph.surgery._morphable import (
-    CHEAP,
-    FULL,
-    Batch,
-    Mode,
-    Morphable,
-    Trace,
-    answer_losses,
-    morphable,
-)
+from morph.surgery._memo import Memo
+from morph.surgery._modes import CHEAP, FULL, Fixed, Mode, Patched, Soft
+from morph.surgery._morphable import Batch, Morphable, Run, mixer_state, morphable
+from morph.surgery._trace import Trace, answer_losses, answer_rows, answer_tokens, predicting
 
 __all__ = [
     "CHEAP",
     "FULL",
     "Batch",
+    "Fixed",
     "Graft",
+    "Memo",
     "Mode",
     "Morphable",
+    "Patched",
+    "Run",
+    "Soft",
     "Trace",
     "answer_losses",
+    "answer_rows",
+    "answer_tokens",
     "attention_of",
     "base_of",
     "context",
@@ -47,7 +48,9 @@ __all__ = [
     "inform",
     "layers_of",
     "mixer_parameters",
+    "mixer_state",
     "morphable",
     "own_parameter_names",
+    "predicting",
     "resolve_costs",
 ]

@@ -7,32 +7,26 @@ first tokens (a window, say), those tokens are computed once and shared by every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from morph import registry, strict
-from morph.cache import FrozenCache, FrozenCacheLayer, MixerCacheLayer
 from morph.errors import PlanError
 from morph.families._family import Family
 from morph.families._lookup import family_of
 from morph.mixers._hybrid import HybridAttention
 from morph.plan import Granularity, HeadGroup, LayerPlan
 from morph.surgery._graft import base_of, geometry_of, layers_of
+from morph.surgery._memo import Memo
+from morph.surgery._modes import CHEAP, FULL, Mode, Probe, Switch
+from morph.surgery._trace import Trace, answer_losses, predicting
 
-FULL: Literal["full"] = "full"
-CHEAP: Literal["cheap"] = "cheap"
-# A blend maps the heads' full and cheap outputs [B, T, H, V] to what the layer puts out.
-Blend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Mode = Literal["full", "cheap"] | Blend
 Units = Iterable[tuple[int, int]]
 
 
@@ -53,54 +47,32 @@ class Batch:
             raise PlanError("batch: mark at least one answer token, never the first of a row.")
 
 
-class Switch(nn.Module):
-    """Stands at `self_attn`: runs the source, the cheap mixer, or a blend of both."""
+@dataclass(kw_only=True)
+class Run:
+    """What one forward left behind, gradients attached; N answer tokens, B rows, T tokens.
 
-    def __init__(self, source: nn.Module, cheap: HybridAttention, exact: HybridAttention) -> None:
-        super().__init__()
-        self.source, self.cheap, self.exact = source, cheap, exact
-        self.mode: Mode = FULL
-        self.prime: MixerCacheLayer | None = None
+    `logits` `[N, vocab]` and `final_hidden` `[N, D]` (after the last norm) predict the answers.
+    By layer, where asked for: `mixer_out` `[N, D]` (what attention adds), `residual` `[N, D]` (the
+    layer's output), `inputs` `[B, T, D]` and `attention` `[B, T, D]`. `hidden` `[B, T, D]` is the
+    final hidden state of every token.
+    """
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        past_key_values: Any = None,
-        morph_prefix: Any = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, Any]:
-        """Return what the chosen mode puts out for `[B, T, D]`."""
-        if self.prime is not None:
-            return self._remember(hidden_states, position_embeddings, past_key_values), None
-        if self.mode == FULL:
-            return self.source(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        if self.mode == CHEAP:
-            return self.cheap(hidden_states, position_embeddings, past_key_values=morph_prefix)
-        full = self.exact.mix(hidden_states, position_embeddings)
-        cheap = self.cheap.mix(hidden_states, position_embeddings)
-        assert callable(self.mode)
-        return self.exact.output(self.mode(full, cheap)), None
-
-    def _remember(self, hidden: torch.Tensor, positions: Any, cache: Any) -> torch.Tensor:
-        """Run tokens on which full and cheap agree, filling the caches of both."""
-        q, k, v = self.cheap.project(hidden)
-        _, k = self.cheap.rotate(q, k, positions)
-        cache.update(k.transpose(1, 2), v.transpose(1, 2), self.cheap.layer_idx)
-        view = SimpleNamespace(layers={self.cheap.layer_idx: self.prime})
-        return self.cheap.output(self.cheap.mix(hidden, positions, view))
+    logits: torch.Tensor
+    final_hidden: torch.Tensor
+    hidden: torch.Tensor
+    mixer_out: dict[int, torch.Tensor] = field(default_factory=dict)
+    residual: dict[int, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Morphable:
     """A source model whose candidate layers carry switches; see `morphable`.
 
     `layer_evaluations` counts what was computed since the start, in units of one layer over one
-    whole batch of tokens; `forwards` is the same in units of the whole model.
+    whole batch of tokens; `forwards` is the same in units of the whole model, and `backwards`
+    counts ways back through it. `memo` remembers what was measured, `progress(done, total)` is told
+    how far a selector is.
     """
 
     def __init__(
@@ -111,15 +83,24 @@ class Morphable:
         self.geometry = geometry_of(self.base, family)
         self.candidates = self.geometry.candidates
         self.layer_evaluations = 0.0
+        self.backwards = 0.0
         self.tokens = 0
+        self.memo = Memo()
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        self.streaming = False
+        self.release: Callable[[int], None] = lambda layer: None
         module = registry.load("mixers", mixer)
         parsed = strict.build(module.Options, options or {}, f"mixer {mixer}", PlanError)
         self.options = strict.plain(parsed)
         self.prefix = module.Mixer.exact_prefix(parsed)
         self.switches: dict[int, Switch] = {}
         self.base_layers: list[nn.Module] = []
+        self._modes: dict[tuple[int, ...], Mode] = {}
+        self._numbers: dict[int, tuple[int, Any]] = {}
         if not self.candidates:
             raise PlanError("no layer of this model attends to everything: nothing to choose.")
+
+    # --- what is full and what is cheap ----------------------------------------------------------
 
     @property
     def forwards(self) -> float:
@@ -139,15 +120,27 @@ class Morphable:
             return FULL
         if not units:
             return CHEAP
-        span = self.geometry.num_attention_heads // width
-        heads = [u * span + r for u in sorted(units) for r in range(span)]
-        mask = torch.zeros(self.geometry.num_attention_heads, 1)
-        mask[heads] = 1.0
+        key = (width, *sorted(units))
+        if key not in self._modes:  # equal sets are one object, so that traces can tell
+            mask = self.head_mask(units, width)[:, None]
 
-        def blend(full: torch.Tensor, cheap: torch.Tensor) -> torch.Tensor:
-            return torch.where(mask.to(full.device) > 0, full, cheap)
+            def blend(full: torch.Tensor, cheap: torch.Tensor) -> torch.Tensor:
+                return torch.where(mask.to(full.device), full, cheap)
 
-        return blend
+            self._modes[key] = blend
+        return self._modes[key]
+
+    def head_mask(self, units: Iterable[int], width: int) -> torch.Tensor:
+        """Return bool `[H]`: the query heads of some of a layer's `width` units."""
+        mask = torch.zeros(width, dtype=torch.bool)
+        mask[sorted(units)] = True
+        return mask.repeat_interleave(self.geometry.num_attention_heads // width)
+
+    def number(self, mode: Mode | None) -> int:
+        """Return a number that is the same for the same mode, and for no other."""
+        if mode in (None, CHEAP, FULL):
+            return (None, CHEAP, FULL).index(mode)  # type: ignore[arg-type]
+        return self._numbers.setdefault(id(mode), (len(self._numbers) + 3, mode))[0]
 
     @contextmanager
     def assigned(self, modes: Mapping[int, Mode]) -> Iterator[None]:
@@ -161,15 +154,82 @@ class Morphable:
             for i, mode in before.items():
                 self.switches[i].mode = mode
 
+    # --- whole forwards --------------------------------------------------------------------------
+
     def logits(self, batch: Batch, modes: Mapping[int, Mode]) -> torch.Tensor:
         """Return the logits `[N, vocab]` that predict the batch's N answer tokens, with gradients.
 
         One whole forward; row by row, answers in order.
         """
-        with self.assigned(modes):
-            out = self.base(input_ids=batch.ids, use_cache=False)
-        self._count(self.geometry.num_hidden_layers, batch.ids.numel())
-        return self.head(_predicting(out.last_hidden_state, batch.answers, 0))
+        return self.run(batch, modes).logits
+
+    def run(
+        self,
+        batch: Batch,
+        modes: Mapping[int, Mode],
+        want: Sequence[str] = (),
+        probe: Probe | None = None,
+    ) -> Run:
+        """Run one whole forward and return what it left behind.
+
+        `want` names the fields of `Run` that are kept by layer. `probe` is shown every candidate
+        layer's rotated queries and keys, and values.
+        """
+        kept: dict[str, dict[int, torch.Tensor]] = {name: {} for name in want}
+        handles = [*self._hooks(kept, batch)]
+        try:
+            for switch in self.switches.values():
+                switch.probe = probe
+            with self.assigned(modes):
+                out = self.base(input_ids=batch.ids, use_cache=False)
+        finally:
+            for switch in self.switches.values():
+                switch.probe = None
+            for handle in handles:
+                handle.remove()
+        self.count(self.geometry.num_hidden_layers, batch.ids.numel())
+        hidden = out.last_hidden_state
+        final = predicting(hidden, batch.answers)
+        return Run(logits=self.head(final), final_hidden=final, hidden=hidden, **kept)
+
+    def _hooks(self, kept: dict[str, dict[int, torch.Tensor]], batch: Batch) -> Iterator[Any]:
+        def out(name: str, i: int, whole: bool) -> Any:
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                found = output[0] if isinstance(output, tuple) else output
+                kept[name][i] = found if whole else predicting(found, batch.answers)
+
+            return after
+
+        def incoming(i: int) -> Any:
+            def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+                kept["inputs"][i] = args[0] if args else kwargs["hidden_states"]
+
+            return before
+
+        for i, layer in enumerate(self.base_layers):
+            if "residual" in kept:
+                yield layer.register_forward_hook(out("residual", i, False))
+            if "inputs" in kept:
+                yield layer.register_forward_pre_hook(incoming(i), with_kwargs=True)
+            attention = getattr(layer, self.family.attention)
+            for name, whole in (("mixer_out", False), ("attention", True)):
+                if name in kept:
+                    yield attention.register_forward_hook(out(name, i, whole))
+
+    @torch.no_grad()
+    def full_heads(self, batch: Batch) -> dict[int, torch.Tensor]:
+        """Return the source's head outputs `[B, T, H, V]` by candidate layer; one forward."""
+        found: dict[int, torch.Tensor] = {}
+
+        def keep(i: int) -> Mode:
+            def blend(full: torch.Tensor, cheap: torch.Tensor) -> torch.Tensor:
+                found[i] = full
+                return full
+
+            return blend
+
+        self.run(batch, {i: keep(i) for i in self.candidates})
+        return found
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits `[N, vocab]` of normed hidden states `[N, D]`, by the model's own head."""
@@ -179,6 +239,17 @@ class Morphable:
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
             del self.base.forward
+
+    def gradients(
+        self, loss: torch.Tensor, inputs: Sequence[torch.Tensor], *, again: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Return d loss / d inputs; `again` keeps the graph for a further way back.
+
+        Inputs that the loss does not depend on get zeros.
+        """
+        self.backwards += 1
+        found = torch.autograd.grad(loss, list(inputs), retain_graph=again, allow_unused=True)
+        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found))
 
     def nll(
         self, batches: Iterable[Batch], keep: Units, granularity: Granularity = "layer"
@@ -207,121 +278,30 @@ class Morphable:
         """
         return Trace(self, batch, dict(modes), reuse, share_prefix)
 
-    def _count(self, layers: float, tokens: int) -> None:
+    # --- what it costs ---------------------------------------------------------------------------
+
+    def count(self, layers: float, tokens: int) -> None:
+        """Add layer evaluations (of one whole batch each) and tokens to the bill."""
         self.layer_evaluations += layers
         self.tokens += tokens
 
-
-class Trace:
-    """One batch under a base assignment, and any variant of it from its first changed layer on."""
-
-    def __init__(
-        self,
-        morphable: Morphable,
-        batch: Batch,
-        modes: dict[int, Mode],
-        reuse: bool,
-        share_prefix: bool,
-    ) -> None:
-        self.morphable, self.batch, self.modes, self.reuse = morphable, batch, modes, reuse
-        self.calls: list[dict[str, Any]] = []
-        self.skip = self._prefix_length() if reuse and share_prefix else 0
-        self.share = 1 - self.skip / batch.ids.shape[1]
-        with torch.no_grad():
-            extra = self._run_prefix() if self.skip else {}
-            self.final = self._record(extra)
-            self.logits = self._head(self.final)
-
-    def _prefix_length(self) -> int:
-        plain = all(mode in (FULL, CHEAP) for mode in self.modes.values())
-        first = int(self.batch.answers.any(dim=0).nonzero()[0])
-        length = min(self.morphable.prefix, first - 1)
-        return length if plain and length >= 8 else 0
-
-    def _run_prefix(self) -> dict[str, Any]:
-        """Compute the shared tokens once; return the keywords that continue from them."""
-        m = self.morphable
-        past = DynamicCache(config=m.base.config)
-        for switch in m.switches.values():
-            switch.prime = MixerCacheLayer()
-            switch.prime.state(0)
+    @contextmanager
+    def skipped_layers(self, skip: bool) -> Iterator[None]:
+        """Let layers hand on what they are given, so that only how they are called is seen."""
+        if not skip:
+            yield
+            return
         try:
-            m.base(input_ids=self.batch.ids[:, : self.skip], past_key_values=past, use_cache=True)
-            frozen = {i: FrozenCacheLayer(s.prime) for i, s in m.switches.items() if s.prime}
+            for layer in self.base_layers:
+                layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+            yield
         finally:
-            for switch in m.switches.values():
-                switch.prime = None
-        m._count(len(m.base_layers) * (1 - self.share), 0)
-        cache = FrozenCache(layers=past.layers)
-        return {
-            "past_key_values": cache,
-            "use_cache": True,
-            "morph_prefix": SimpleNamespace(layers=frozen),
-        }
+            for layer in self.base_layers:
+                del layer.forward
 
-    def _record(self, extra: dict[str, Any]) -> torch.Tensor:
-        """Run the rest under the base assignment, keeping what every layer was called with."""
-        m = self.morphable
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            self.calls.append({"hidden": hidden, "kwargs": rest})
-
-        handles = [x.register_forward_pre_hook(before, with_kwargs=True) for x in m.base_layers]
-        outputs: list[torch.Tensor] = []
-        last = m.base_layers[-1].register_forward_hook(
-            lambda module, args, output: outputs.append(_tensor(output))
-        )
-        try:
-            with m.assigned(self.modes):
-                m.base(input_ids=self.batch.ids[:, self.skip :], **({"use_cache": False} | extra))
-        finally:
-            for handle in (*handles, last):
-                handle.remove()
-        m._count(len(m.base_layers) * self.share, self.batch.ids.numel())
-        return outputs[0]
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = self.morphable.base.norm(_predicting(hidden, self.batch.answers, self.skip))
-        return self.morphable.head(normed)
-
-    @torch.no_grad()
-    def variant(self, changes: Mapping[int, Mode]) -> torch.Tensor:
-        """Return answer logits `[N, vocab]` with these layers' modes changed."""
-        m = self.morphable
-        changes = {i: mode for i, mode in changes.items() if mode != self.modes[i]}
-        if not changes:
-            return self.logits
-        if self.skip and not all(mode in (FULL, CHEAP) for mode in changes.values()):
-            raise PlanError("this trace shares its first tokens; blends need share_prefix=False.")
-        first = min(changes) if self.reuse else 0
-        hidden = self.calls[first]["hidden"]
-        with m.assigned({**self.modes, **changes}):
-            for call, layer in zip(self.calls[first:], m.base_layers[first:]):
-                hidden = _tensor(layer(hidden, **call["kwargs"]))
-        m._count((len(m.base_layers) - first) * self.share, 0)
-        return self._head(hidden)
-
-    def losses(self, changes: Mapping[int, Mode] | None = None) -> torch.Tensor:
-        """Return the negative log-likelihood `[N]` of every answer token under a variant."""
-        logits = self.variant(changes) if changes else self.logits
-        return answer_losses(logits, self.batch)
-
-
-def answer_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the negative log-likelihood `[N]`, in nats, of answer tokens given their logits."""
-    targets = batch.ids[:, 1:][batch.answers[:, 1:]]
-    return F.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def _predicting(hidden: torch.Tensor, answers: torch.Tensor, skip: int) -> torch.Tensor:
-    """Return the hidden states `[N, D]` from which the answers are predicted."""
-    return hidden[:, :-1][answers[:, skip + 1 :]]
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    def cheap_parameters(self) -> list[nn.Parameter]:
+        """Return the mixers' own parameters of every candidate layer."""
+        return [p for i in self.candidates for p in self.switches[i].cheap.mixers.parameters()]
 
 
 @contextmanager
@@ -330,44 +310,81 @@ def morphable(
     mixer: str,
     options: Mapping[str, Any] | None = None,
     family: Family | None = None,
+    *,
+    aligned: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Morphable]:
     """Give a causal LM switches in every candidate layer for the length of a `with` block.
 
-    The model is in eval mode inside, and exactly as it was afterwards: the same attention
-    modules, flags and no hook. Raises UnknownName and PlanError for a mixer or options that do
-    not exist, and PlanError where no layer attends to everything.
+    The model is in eval mode inside, its weights frozen, and exactly as it was afterwards: the same
+    attention modules, flags and no hook. `aligned` are the mixers' own parameters by
+    `<layer>.<name>` (see `mixer_state`). Raises UnknownName and PlanError for a mixer or options
+    that do not exist, and PlanError where no layer attends to everything.
     """
     family = family or family_of(model.config.to_dict())
     found = Morphable(model, family, mixer, options)
     layers = layers_of(found.base, family)
     found.base_layers = list(layers)
-    heads = tuple(range(found.geometry.num_attention_heads))
     training = {module: module.training for module in model.modules()}
+    learning = {p: p.requires_grad for p in model.parameters()}
     try:
         model.eval()
+        model.requires_grad_(False)
         for i in found.candidates:
             source = getattr(layers[i], family.attention)
-            hybrids = [
-                HybridAttention(
-                    source,
-                    family,
-                    found.geometry,
-                    LayerPlan(groups=(HeadGroup(mixer=stem, heads=heads, options=chosen),)),
-                    i,
-                )
-                for stem, chosen in ((mixer, found.options), ("full", {}))
-            ]
-            first = next(source.parameters())
-            for hybrid in hybrids:
-                hybrid.mixers.to(first.device)
-                for part in hybrid.mixers:
-                    part.inherit(source)
-                hybrid.eval()
-            found.switches[i] = Switch(source, hybrids[0], hybrids[1])
+            found.switches[i] = _switch(found, source, i)
             setattr(layers[i], family.attention, found.switches[i])
+        if aligned is not None:
+            _load(found, aligned)
         yield found
     finally:
         for i, switch in found.switches.items():
             setattr(layers[i], family.attention, switch.source)
         for module, flag in training.items():
             module.training = flag
+        for p, flag in learning.items():
+            p.requires_grad_(flag)
+
+
+def _switch(found: Morphable, source: nn.Module, layer: int) -> Switch:
+    heads = tuple(range(found.geometry.num_attention_heads))
+    hybrids = [
+        HybridAttention(
+            source,
+            found.family,
+            found.geometry,
+            LayerPlan(groups=(HeadGroup(mixer=stem, heads=heads, options=chosen),)),
+            layer,
+        )
+        for stem, chosen in ((found.mixer, found.options), ("full", {}))
+    ]
+    first = next(source.parameters())
+    for hybrid in hybrids:
+        hybrid.mixers.to(torch.device("cpu") if first.is_meta else first.device)
+        for part in hybrid.mixers:
+            part.inherit(source)
+        hybrid.mixers.requires_grad_(False)
+        hybrid.eval()
+    return Switch(source, hybrids[0], hybrids[1])
+
+
+def mixer_state(attentions: Mapping[int, HybridAttention]) -> dict[str, torch.Tensor]:
+    """Return copies of the mixers' own parameters of uniform layers, by `<layer>.<name>`."""
+    return {
+        f"{i}.{name}": p.detach().clone()
+        for i, attention in attentions.items()
+        for name, p in attention.mixers[0].named_parameters()
+    }
+
+
+def _load(found: Morphable, aligned: Mapping[str, torch.Tensor]) -> None:
+    for i in found.candidates:
+        for name, p in found.switches[i].cheap.mixers[0].named_parameters():
+            value = aligned.get(f"{i}.{name}")
+            if value is None or value.shape != p.shape:
+                raise PlanError(
+                    f"layer {i}: the aligned mixers do not fit: {name} is "
+                    f"{'missing' if value is None else list(value.shape)}, {list(p.shape)} is "
+                    "needed. Align again."
+                )
+            with torch.no_grad():
+                p.copy_(value)

@@ -1,0 +1,224 @@
+"""One batch under a base assignment, and any number of variants of it that share what they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+
+from morph.cache import FrozenCache, FrozenCacheLayer, MixerCacheLayer
+from morph.errors import PlanError
+from morph.surgery._modes import CHEAP, FULL, Mode
+
+if TYPE_CHECKING:
+    from morph.surgery._morphable import Batch, Morphable
+
+T = TypeVar("T")
+
+
+class Trace:
+    """One batch under a base assignment, and any variant of it from its first changed layer on.
+
+    The base runs when it is first needed. Of a model whose layers are streamed (see `streamed`)
+    nothing is kept between layers: variants then go through the model together, layer by layer.
+    """
+
+    def __init__(
+        self,
+        morphable: Morphable,
+        batch: Batch,
+        modes: dict[int, Mode],
+        reuse: bool,
+        share_prefix: bool,
+    ) -> None:
+        self.morphable, self.batch, self.modes, self.reuse = morphable, batch, modes, reuse
+        self.calls: list[dict[str, Any]] = []
+        share_prefix = share_prefix and not morphable.streaming
+        self.skip = self._prefix_length() if reuse and share_prefix else 0
+        self.share = 1 - self.skip / batch.ids.shape[1]
+        self._logits: torch.Tensor | None = None
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Answer logits `[N, vocab]` of the base assignment."""
+        if self._logits is None:
+            with torch.no_grad():
+                extra = self._run_prefix() if self.skip else {}
+                hidden = self._record(extra)
+                if self.morphable.streaming:
+                    hidden = self._through([{}])[0]
+                self._logits = self._head(hidden)
+        return self._logits
+
+    def _prefix_length(self) -> int:
+        plain = all(mode in (FULL, CHEAP) for mode in self.modes.values())
+        first = int(self.batch.answers.any(dim=0).nonzero()[0])
+        length = min(self.morphable.prefix, first - 1)
+        return length if plain and length >= 8 else 0
+
+    def _run_prefix(self) -> dict[str, Any]:
+        """Compute the shared tokens once; return the keywords that continue from them."""
+        m = self.morphable
+        past = DynamicCache(config=m.base.config)
+        for switch in m.switches.values():
+            switch.prime = MixerCacheLayer()
+            switch.prime.state(0)
+        try:
+            m.base(input_ids=self.batch.ids[:, : self.skip], past_key_values=past, use_cache=True)
+            frozen = {i: FrozenCacheLayer(s.prime) for i, s in m.switches.items() if s.prime}
+        finally:
+            for switch in m.switches.values():
+                switch.prime = None
+        m.count(len(m.base_layers) * (1 - self.share), 0)
+        cache = FrozenCache(layers=past.layers)
+        return {
+            "past_key_values": cache,
+            "use_cache": True,
+            "morph_prefix": SimpleNamespace(layers=frozen),
+        }
+
+    def _record(self, extra: dict[str, Any]) -> torch.Tensor:
+        """Run the rest under the base assignment, keeping what every layer was called with.
+
+        A streamed model is only asked how it calls its layers; the layers themselves do not run.
+        """
+        m = self.morphable
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            self.calls.append({"hidden": hidden, "kwargs": rest})
+
+        outputs: list[torch.Tensor] = []
+        handles = [x.register_forward_pre_hook(before, with_kwargs=True) for x in m.base_layers]
+        handles.append(
+            m.base_layers[-1].register_forward_hook(
+                lambda module, args, output: outputs.append(_tensor(output))
+            )
+        )
+        try:
+            with m.assigned(self.modes), m.skipped_layers(m.streaming):
+                m.base(input_ids=self.batch.ids[:, self.skip :], **({"use_cache": False} | extra))
+        finally:
+            for handle in handles:
+                handle.remove()
+        m.count(0 if m.streaming else len(m.base_layers) * self.share, self.batch.ids.numel())
+        return outputs[0]
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self.morphable.base.norm(predicting(hidden, self.batch.answers, self.skip))
+        return self.morphable.head(normed)
+
+    @torch.no_grad()
+    def variant(self, changes: Mapping[int, Mode]) -> torch.Tensor:
+        """Return answer logits `[N, vocab]` with these layers' modes changed."""
+        return self.variants([changes], lambda logits: logits)[0]
+
+    @torch.no_grad()
+    def variants(
+        self, changes: Sequence[Mapping[int, Mode]], reduce: Callable[[torch.Tensor], T]
+    ) -> list[T]:
+        """Return `reduce(answer logits [N, vocab])` for each of several changes of the base.
+
+        Variants that begin alike share those layers: depth first, keeping one hidden state per
+        layer; breadth first, layer by layer, where the model is streamed. Logits are handed to
+        `reduce` one variant at a time, so that few of them need live.
+        """
+        m, found = self.morphable, {}
+        if not m.streaming:
+            base = reduce(self.logits)
+        elif not self.calls:
+            self._record({})
+        real = [{i: x for i, x in c.items() if x is not self.modes[i]} for c in changes]
+        if self.skip and any(x not in (FULL, CHEAP) for c in real for x in c.values()):
+            raise PlanError("this trace shares its first tokens; blends need share_prefix=False.")
+        if m.streaming:
+            return [reduce(self._head(hidden)) for hidden in self._through(real)]
+        keys = [tuple(m.number(c.get(i, self.modes.get(i))) for i in self._layers) for c in real]
+        before, stack = None, [call["hidden"] for call in self.calls]
+        for n in sorted(range(len(real)), key=keys.__getitem__):
+            if not real[n]:
+                found[n] = base
+            elif keys[n] == before:
+                found[n] = found[last]
+            else:
+                shared = 0 if before is None else _common(before, keys[n])
+                first = min(real[n]) if self.reuse else 0
+                hidden = self._from(real[n], max(shared, first) if self.reuse else 0, first, stack)
+                found[n], before, last = reduce(self._head(hidden)), keys[n], n
+        return [found[n] for n in range(len(real))]
+
+    @property
+    def _layers(self) -> range:
+        return range(len(self.morphable.base_layers))
+
+    def _from(
+        self, changes: Mapping[int, Mode], start: int, first: int, stack: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Run one variant from layer `start` on; `stack` holds the inputs of the last variant."""
+        m = self.morphable
+        hidden = self.calls[start]["hidden"] if start <= first else stack[start]
+        with m.assigned({**self.modes, **changes}):
+            for i in range(start, len(m.base_layers)):
+                stack[i] = hidden
+                hidden = _tensor(m.base_layers[i](hidden, **self.calls[i]["kwargs"]))
+        m.count((len(m.base_layers) - start) * self.share, 0)
+        return hidden
+
+    def _through(self, changes: Sequence[Mapping[int, Mode]]) -> list[torch.Tensor]:
+        """Take all variants through each layer before the next: only that layer need be there."""
+        m = self.morphable
+        assigned = [{**self.modes, **c} for c in changes]
+        live: dict[tuple[int, ...], torch.Tensor] = {(): self.calls[0]["hidden"]}
+        paths: list[tuple[int, ...]] = [()] * len(assigned)
+        for i in self._layers:
+            ahead: dict[tuple[int, ...], torch.Tensor] = {}
+            for n, modes in enumerate(assigned):
+                path = (*paths[n], m.number(modes.get(i)))
+                if path not in ahead:
+                    with m.assigned({i: modes[i]} if i in modes else {}):
+                        out = m.base_layers[i](live[paths[n]], **self.calls[i]["kwargs"])
+                    ahead[path] = _tensor(out)
+                    m.count(1, 0)
+                paths[n] = path
+            live = ahead
+            m.release(i)
+        return [live[path] for path in paths]
+
+    def losses(self, changes: Mapping[int, Mode] | None = None) -> torch.Tensor:
+        """Return the negative log-likelihood `[N]` of every answer token under a variant."""
+        logits = self.variant(changes) if changes else self.logits
+        return answer_losses(logits, self.batch)
+
+
+def answer_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the negative log-likelihood `[N]`, in nats, of answer tokens given their logits."""
+    return F.cross_entropy(logits.float(), answer_tokens(batch), reduction="none")
+
+
+def answer_tokens(batch: Batch) -> torch.Tensor:
+    """Return the answer tokens `[N]`, row by row."""
+    return batch.ids[:, 1:][batch.answers[:, 1:]]
+
+
+def answer_rows(batch: Batch) -> torch.Tensor:
+    """Return the row `[N]` of every answer token."""
+    return batch.answers[:, 1:].nonzero()[:, 0]
+
+
+def predicting(hidden: torch.Tensor, answers: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    """Return the hidden states `[N, D]` from which the answers are predicted."""
+    return hidden[:, :-1][answers[:, skip + 1 :]]
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
