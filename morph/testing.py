@@ -1,7 +1,8 @@
 """Public helpers for testing kernels and mixers, from inside the package or outside.
 
 `assert_close` compares with a reference, `poison_empty` fills fresh memory with NaN, `exactly`
-compares bits, `tiny_model` makes a random model of any family.
+compares bits, `tiny_model` makes a random model of any family, `planted_model` one of which it is
+known where far recall sits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from morph._planted import Planted as Planted
+from morph._planted import planted_model as planted_model
 from morph._tiny import tiny_model as tiny_model
 
 # Largest RMS(error) / RMS(reference) by dtype of the result. Rounding alone gives 2.6e-8 in

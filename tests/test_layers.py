@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent / "morph"
 
 FLOORS = {
     "errors": 0, "strict": 0, "_autoload": 0,
-    "registry": 1, "plan": 1, "selection": 1, "recipes": 1,
+    "registry": 1, "plan": 1, "selection": 1, "recipes": 1, "exchange": 1,
     "kernels": 2,
-    "families": 3, "cache": 3, "data": 3, "evaluation": 3, "_tiny": 3,
+    "families": 3, "cache": 3, "data": 3, "evaluation": 3, "comparison": 3, "_tiny": 3,
     "mixers": 4,
     "selectors": 5, "surgery": 5, "checkpoint": 5, "modeling": 5, "distill": 5, "evaluate": 5,
-    "restore": 5, "report": 5, "testing": 5,
+    "restore": 5, "report": 5, "testing": 5, "_planted": 5,
     "pipeline": 6, "terminal": 6, "_flags": 6,
     "cli": 7, "__main__": 7, "_fresh": 7, "_reference": 7,  # entry points of processes
 }  # fmt: skip
@@ -30,8 +30,9 @@ PACKAGE = 0  # `from morph import __version__`
 
 SIDEWAYS = {
     ("strict", "errors"), ("plan", "registry"), ("selection", "plan"), ("recipes", "plan"),
-    ("recipes", "registry"),
+    ("recipes", "registry"), ("exchange", "plan"), ("exchange", "recipes"),
     ("selectors", "surgery"), ("modeling", "surgery"), ("evaluate", "surgery"),
+    ("_planted", "surgery"), ("testing", "_planted"),
     ("__main__", "cli"), ("_reference", "_fresh"),
 }  # fmt: skip
 
@@ -41,7 +42,7 @@ HEAVY = {"torch", "transformers", "triton", "accelerate", "matplotlib", "peft", 
 # What each may import from outside, where that is short enough to list
 ONLY = {name: {"yaml"} for name, floor in FLOORS.items() if floor <= 1}
 ONLY["kernels"] = {"torch", "triton"}
-WITHOUT_HEAVY = {"families", "evaluation", "checkpoint", "restore"}
+WITHOUT_HEAVY = {"families", "evaluation", "comparison", "checkpoint", "restore"}
 
 
 def imports(source: str, module: str) -> list[tuple[int, str]]:

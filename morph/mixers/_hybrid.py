@@ -20,6 +20,9 @@ from morph.families._family import Family
 from morph.mixers._base import GroupShape, Inputs, MixerBase
 from morph.plan import Geometry, HeadGroup, LayerPlan
 
+# q, k and v without positions, then q and k rotated
+Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -104,16 +107,24 @@ class HybridAttention(nn.Module):
             return q, k
         return self._rotary(q, k, *position_embeddings, unsqueeze_dim=2)
 
+    def projected(self, hidden_states: torch.Tensor, position_embeddings: Any) -> Projected:
+        """Return q, k, v as `project` does, and q and k rotated."""
+        q, k, v = self.project(hidden_states)
+        return (q, k, v, *self.rotate(q, k, position_embeddings))
+
     def mix(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         past_key_values: Any = None,
         morph_context: Context | None = None,
+        projected: Projected | None = None,
     ) -> torch.Tensor:
-        """Return the heads' outputs `[B, T, H, V]` in head order, before the output projection."""
-        q, k, v = self.project(hidden_states)
-        rotated = self.rotate(q, k, position_embeddings)
+        """Return the heads' outputs `[B, T, H, V]` in head order, before the output projection.
+
+        `projected` are the projections of the same hidden states, where they are at hand.
+        """
+        q, k, v, *rotated = projected or self.projected(hidden_states, position_embeddings)
         padding = morph_context.padding if morph_context is not None else None
         outputs = []
         for i, mixer in enumerate(self.mixers):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morph.checkpoint import Checkpoint, resolve
+from morph.checkpoint._format import TORCH_NAMES
 from morph.errors import CheckpointError, UnsupportedModel, escape
 from morph.families._family import Family
 from morph.families._lookup import family_of
 from morph.plan import Geometry
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from morph.surgery._streaming import StreamedLayers
+
 Say = Callable[[str], None]
+_OLD_BUFFERS = r"rotary_emb\.inv_freq"  # older checkpoints hold what is computed today
+_BLOCK = 2**20  # bytes read at a time: what a tensor needs beside itself while it is read
 
 
 def quiet(message: str) -> None:
@@ -85,13 +92,95 @@ class Source:
             raise CheckpointError(f"{self.path}: cannot be loaded: {escape(error, 300)}") from error
         finally:
             logging.set_verbosity(before)
+        self._refuse_keys(cls.__name__, info)
+        return model.eval()
+
+    def _refuse_keys(self, class_name: str, info: Mapping[str, Iterable[Any]]) -> None:
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
                 names = ", ".join(escape(n) for n in sorted(map(str, info[kind]))[:3])
                 raise CheckpointError(
-                    f"{self.path}: {kind.replace('_', ' ')} for {cls.__name__}: {names}."
+                    f"{self.path}: {kind.replace('_', ' ')} for {class_name}: {names}."
                 )
-        return model.eval()
+
+    def streamed(
+        self, dtype: str = "float32", device: str = "cpu"
+    ) -> tuple[nn.Module, StreamedLayers]:
+        """Return the causal LM without its layers' weights, and what reads those when a layer runs.
+
+        Embeddings, final norm and head are read at once; of the layers one at a time is resident,
+        read from the shards in blocks, so that no whole shard is held. Give both to
+        `surgery.morphable`. The model can only run forwards. Raises CheckpointError where tensors
+        are missing or have other shapes, UnsupportedModel for a hybrid.
+        """
+        import torch
+
+        from morph.surgery._streaming import StreamedLayers
+
+        refuse_hybrid(self, "streaming")
+        model = self._skeleton(dtype)
+        stored = self._stored_names(model)
+
+        def load(name: str) -> torch.Tensor:
+            return read_tensor(self.checkpoint, stored[name], model.dtype)
+
+        layers = StreamedLayers(model, load, self.family, device)
+        waiting = {n for i in range(self.geometry.num_hidden_layers) for n in layers.names(i)}
+        absent = set()
+        for prefix, module in model.named_modules():
+            for short in module._buffers:
+                if module._buffers[short] is not None:
+                    module._buffers[short] = module._buffers[short].to(device)
+            for short in module._parameters:
+                name = f"{prefix}.{short}"
+                if module._parameters[short] is None or name in waiting:
+                    continue
+                if name in stored:
+                    found = load(name).to(device)
+                    module._parameters[short] = torch.nn.Parameter(found, requires_grad=False)
+                else:
+                    absent.add(name)
+        model.tie_weights(missing_keys=absent, recompute_mapping=False)
+        return model.requires_grad_(False).eval(), layers
+
+    def _skeleton(self, dtype: str) -> nn.Module:
+        """Return the causal LM with parameters on the meta device and real buffers."""
+        import torch
+        from accelerate import init_empty_weights
+
+        config, how = self.config(), self.family.attention_implementation
+        if dtype != "auto":
+            wanted = getattr(torch, dtype)
+        else:
+            wanted = config.dtype or _torch_dtype(self.checkpoint, self.checkpoint.main_dtype)
+        cls = self.family.part(self.family.causal_class)
+        try:
+            with init_empty_weights(include_buffers=False):
+                return cls._from_config(
+                    config, dtype=wanted, **({"attn_implementation": how} if how else {})
+                )
+        except _refusals() as error:
+            raise CheckpointError(f"{self.path}: cannot be built: {escape(error, 300)}") from error
+
+    def _stored_names(self, model: nn.Module) -> dict[str, str]:
+        """Return the tensor that holds each parameter; raise where from_pretrained would refuse."""
+        tensors, stored, mismatched = self.checkpoint.tensors, {}, []
+        prefix = f"{model.base_model_prefix}."
+        for name, p in model.named_parameters(remove_duplicate=False):
+            held = name if name in tensors else name.removeprefix(prefix)  # saved without its head
+            if held in tensors:
+                stored[name] = held
+                if tensors[held].shape != tuple(p.shape):
+                    mismatched.append(held)
+        tied = model.all_tied_weights_keys
+        there = {*stored, *(t for t, s in tied.items() if s in stored)}
+        there |= {s for t, s in tied.items() if t in stored}
+        missing = [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in there]
+        known = re.compile("|".join([*model._keys_to_ignore_on_load_unexpected, _OLD_BUFFERS]))
+        left = [n for n in tensors.keys() - set(stored.values()) if not known.search(n)]
+        kinds = {"missing_keys": missing, "mismatched_keys": mismatched, "unexpected_keys": left}
+        self._refuse_keys(type(model).__name__, kinds)
+        return stored
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of the folder; raise CheckpointError where it has none."""
@@ -106,6 +195,31 @@ class Source:
                 f"{self.path}: no tokenizer can be loaded ({escape(error, 200)}). Put "
                 "tokenizer.json and tokenizer_config.json beside the weights."
             ) from error
+
+
+def read_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Read one tensor in `dtype`, block by block: little is held beside the result."""
+    import torch
+
+    info = checkpoint.info(name)
+    kind = _torch_dtype(checkpoint, info.dtype)
+    found = torch.empty(info.shape, dtype=dtype)
+    flat, at = found.view(-1), 0
+    for block in checkpoint.blocks(name, _BLOCK):
+        part = torch.frombuffer(bytearray(block), dtype=kind)
+        flat[at : at + len(part)] = part
+        at += len(part)
+    return found
+
+
+def _torch_dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
+    import torch
+
+    names = {short: long for long, short in TORCH_NAMES.items()}
+    if stored not in names:
+        raise CheckpointError(f"{checkpoint.path}: {stored} cannot be turned into numbers here.")
+    found: torch.dtype = getattr(torch, names[stored])
+    return found
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -6,7 +6,6 @@ torch. The HTML page holds its pictures and loads nothing. The same inputs give 
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from morph import strict
-from morph.errors import StorageError, escape
+from morph.errors import escape
 from morph.evaluation import Difference, Evaluation, ModelResult, Row
 from morph.plan import Plan, Scores, full_plan
+from morph.report._compare import comparison_report, comparison_table, regret_table
 from morph.report._pages import (
     Block,
     Bullets,
@@ -27,27 +27,34 @@ from morph.report._pages import (
     Heading,
     Paragraph,
     Picture,
-    to_html,
     to_markdown,
+    write_page,
 )
 from morph.report._pictures import (
     cache_picture,
     depth_picture,
     plan_picture,
     recall_picture,
-    scores_picture,
     size,
     tokens,
     training_picture,
 )
+from morph.report._scores import pairs_picture, scores_picture
+from morph.report._selection import agreement_picture, budget_picture
 
 __all__ = [
+    "agreement_picture",
+    "budget_picture",
     "cache_picture",
+    "comparison_report",
+    "comparison_table",
     "depth_picture",
     "markdown",
     "numbers",
+    "pairs_picture",
     "plan_picture",
     "recall_picture",
+    "regret_table",
     "report",
     "scores_picture",
     "table",
@@ -140,10 +147,7 @@ def report(
         blocks += [Heading(text="Provenance"), Grid(head=("", ""), rows=rows)]
     name = facts.get("model") or (plan.model_type if plan else "")
     title = f"morph: {name} as a hybrid" if name else "morph: what was measured"
-    files = {"report.html": to_html(title, blocks), "report.md": to_markdown(title, blocks)}
-    written: dict[str, bytes] = {name: text.encode() for name, text in files.items()}
-    written |= {picture.name: picture.png for picture in pictures}
-    return [_write(Path(out_dir) / name, data) for name, data in written.items()]
+    return write_page(out_dir, "report", title, blocks)
 
 
 # --- The table ----------------------------------------------------------------------------------
@@ -356,6 +360,9 @@ def _pictures(
         alt = "How much each layer needs full attention; kept ones in blue"
         fits = plan if plan and len(plan.layers) == len(scores.values) else None
         found.append(("scores.png", alt, scores_picture(scores, fits)))
+    if scores and scores.pairs is not None:
+        alt = "What replacing two units costs beyond each alone"
+        found.append(("pairs.png", alt, pairs_picture(scores)))
     if evaluation and any(r.depth is not None for r in evaluation.models[0].recall):
         alt = "Recall by length and depth of the answer, one panel per model"
         found.append(("recall.png", alt, recall_picture(evaluation)))
@@ -378,16 +385,3 @@ def _pictures(
 
 def _curve(record: Record) -> bool:
     return _is_number(record.get("loss")) and _is_number(record.get("tokens", 0))
-
-
-def _write(path: Path, data: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise StorageError(
-            f"{escape(path)}: cannot write the report ({error.strerror}); choose another folder."
-        ) from error
-    return path

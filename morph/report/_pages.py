@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from morph.errors import escape
+from morph.errors import StorageError, escape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,30 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """Return the same page as Markdown; pictures are the files beside it."""
     return "\n\n".join([f"# {_mark(title)}", *map(_markdown, blocks)]) + "\n"
+
+
+def write_page(out_dir: str | Path, stem: str, title: str, blocks: Sequence[Block]) -> list[Path]:
+    """Write the page as `stem`.html and `stem`.md with its pictures; return the paths.
+
+    Raises StorageError where nothing can be written.
+    """
+    files = {f"{stem}.html": to_html(title, blocks), f"{stem}.md": to_markdown(title, blocks)}
+    written = {name: text.encode() for name, text in files.items()}
+    written |= {b.name: b.png for b in blocks if isinstance(b, Picture)}
+    return [_write(Path(out_dir) / name, data) for name, data in written.items()]
+
+
+def _write(path: Path, data: bytes) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise StorageError(
+            f"{escape(path)}: cannot write the report ({error.strerror}); choose another folder."
+        ) from error
+    return path
 
 
 def _safe(text: str) -> str:

@@ -1,18 +1,35 @@
-"""What selectors share: the shape of a score file, sweeps over single units, and the swap pass."""
+"""What selectors share: units, the shape of a score file, examples in an order of their own."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from morph.errors import PlanError
 from morph.plan import Granularity, Scores
-from morph.surgery import Batch, Morphable, Trace, answer_losses
+from morph.selectors._sweep import Sweep as Sweep
+from morph.selectors._sweep import verify_and_swap as verify_and_swap
+from morph.surgery import Batch, Morphable
 
 Unit = tuple[int, int]
+Values = dict[Unit, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a selector will spend: whole-model forwards and ways back.
+
+    Both count passes over all calibration examples, or over `rows` of them where that is given.
+    """
+
+    forwards: float
+    backwards: float = 0.0
+    rows: int | None = None
 
 
 def units(morphable: Morphable, granularity: Granularity) -> list[Unit]:
@@ -25,13 +42,24 @@ def scores(
     morphable: Morphable,
     selector: str,
     granularity: Granularity,
-    values: dict[Unit, float],
+    values: Values,
     unit: str,
     provenance: dict[str, Any],
+    pairs: dict[tuple[Unit, Unit], float] | None = None,
 ) -> Scores:
-    """Return Scores from a value per unit; layers that cannot be replaced get 0."""
+    """Return Scores from a value per unit; layers that cannot be replaced get 0.
+
+    `pairs` are interactions of two units, each pair given once or twice. Raises PlanError where a
+    value is not finite.
+    """
     shape = morphable.geometry
     width = shape.units(granularity)
+    for unit_, value in values.items():
+        if not math.isfinite(value):
+            raise PlanError(
+                f"selector {selector}: the score of {name(unit_)} is {value}. The model's outputs "
+                "overflow on these examples; try --dtype float32 or other text."
+            )
     return Scores(
         selector=selector,
         model_type=morphable.family.model_type,
@@ -40,15 +68,39 @@ def scores(
             tuple(float(values.get((i, u), 0.0)) for u in range(width))
             for i in range(shape.num_hidden_layers)
         ),
+        pairs=_matrix(pairs, shape.num_hidden_layers, width) if pairs is not None else None,
         unit=unit,
         provenance={
             "mixer": morphable.mixer,
             "mixer_options": dict(morphable.options),
             "forwards": round(morphable.forwards, 3),
+            "backwards": round(morphable.backwards, 3),
             "tokens": morphable.tokens,
             **provenance,
         },
     )
+
+
+def _matrix(
+    pairs: dict[tuple[Unit, Unit], float], layers: int, width: int
+) -> tuple[tuple[float, ...], ...]:
+    found = [[0.0] * (layers * width) for _ in range(layers * width)]
+    for ((i, u), (j, v)), value in pairs.items():
+        a, b = i * width + u, j * width + v
+        found[a][b] = found[b][a] = float(value)
+    return tuple(map(tuple, found))
+
+
+def name(unit: Unit, width: int = 2) -> str:
+    """Return a unit in words; `width` units a layer."""
+    return f"layer {unit[0]}" if width == 1 else f"layer {unit[0]} unit {unit[1]}"
+
+
+def digest(batch: Batch) -> str:
+    """Return a short name for the content of a batch."""
+    found = hashlib.sha256(batch.ids.cpu().numpy().tobytes())
+    found.update(batch.answers.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def need_batches(batches: Sequence[Batch], selector: str) -> None:
@@ -57,100 +109,70 @@ def need_batches(batches: Sequence[Batch], selector: str) -> None:
         raise PlanError(f"selector {selector!r} needs examples; give --data or a text file.")
 
 
-class Sweep:
-    """The same batches under one base assignment, and the mean answer NLL of its variants."""
-
-    def __init__(
-        self,
-        morphable: Morphable,
-        batches: Sequence[Batch],
-        keep: Iterable[Unit],
-        granularity: Granularity,
-    ) -> None:
-        self.morphable, self.granularity = morphable, granularity
-        self.keep = frozenset(keep)
-        self.modes = morphable.modes(self.keep, granularity)
-        self.batches = batches
-        blends = granularity != "layer"
-        self.traces: list[Trace] = [
-            morphable.trace(b, self.modes, share_prefix=not blends) for b in batches
-        ]
-
-    @property
-    def nll(self) -> float:
-        """Mean NLL of the base assignment, nats per answer token."""
-        return _mean([t.logits for t in self.traces], self.batches)
-
-    def nll_with(self, keep: Iterable[Unit]) -> float:
-        """Mean NLL when exactly `keep` stays full; only layers from the first change on run."""
-        modes = self.morphable.modes(keep, self.granularity)
-        changed = self.keep.symmetric_difference(keep)
-        layers = {i for i, _ in changed}
-        return _mean([t.variant({i: modes[i] for i in layers}) for t in self.traces], self.batches)
+def need_granularity(granularity: Granularity, allowed: Sequence[str], selector: str) -> None:
+    """Raise PlanError where a selector cannot score such units."""
+    if granularity not in allowed:
+        raise PlanError(
+            f"selector {selector!r} cannot score by {granularity}; it scores by "
+            f"{' or '.join(allowed)}. Give --granularity {allowed[0]}, or choose another selector "
+            "(fisher and nll score anything)."
+        )
 
 
-def _mean(logits: list[torch.Tensor], batches: Sequence[Batch]) -> float:
-    losses = torch.cat([answer_losses(x, b) for x, b in zip(logits, batches)])
-    return float(losses.double().mean())
+def canonical(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the same examples in an order that does not depend on how they were given.
 
-
-def verify_and_swap(
-    morphable: Morphable,
-    batches: Sequence[Batch],
-    keep: Sequence[Unit],
-    granularity: Granularity,
-    *,
-    pinned: Iterable[Unit] = (),
-    barred: Iterable[Unit] = (),
-    min_full_per_layer: int = 0,
-    max_rounds: int = 8,
-    progress: Callable[[str], None] | None = None,
-) -> tuple[tuple[Unit, ...], dict[str, Any]]:
-    """Improve a kept set by single swaps until none lowers the answer NLL; forward passes only.
-
-    Every round tries each kept unit against each replaced one and takes the best swap. `pinned`
-    units stay kept, `barred` ones stay replaced, and no layer falls below `min_full_per_layer`
-    kept units. Returns the set and what it took: NLL before and
-    after, swaps taken, sets tried. It repairs rankings that miss chains and redundant layers.
+    Rows are sorted by their content and put into batches of as many rows as the largest had, so
+    that a selector which takes examples in turn finds the same whatever their order was.
     """
-    start = time.perf_counter()
-    kept, fixed, out = set(keep), set(pinned), set(barred)
-    pool = [u for u in units(morphable, granularity) if u not in out]
-    taken: list[dict[str, Any]] = []
+    rows: dict[int, list[tuple[bytes, torch.Tensor, torch.Tensor]]] = {}
+    size = max((b.ids.shape[0] for b in batches), default=1)
+    for batch in batches:
+        for ids, answers in zip(batch.ids, batch.answers):
+            content = ids.cpu().numpy().tobytes() + answers.cpu().numpy().tobytes()
+            key = hashlib.sha256(content).digest()
+            rows.setdefault(ids.shape[0], []).append((key, ids, answers))
+    found = []
+    for length in sorted(rows):
+        ordered = sorted(rows[length], key=lambda row: row[0])
+        for start in range(0, len(ordered), size):
+            part = ordered[start : start + size]
+            found.append(
+                Batch(
+                    ids=torch.stack([row[1] for row in part]),
+                    answers=torch.stack([row[2] for row in part]),
+                )
+            )
+    return found
 
-    def bound(old: Unit) -> bool:
-        """Whether the layer of `old` would fall below its minimum without it."""
-        return sum(layer == old[0] for layer, _ in kept) <= min_full_per_layer
 
-    sweep = Sweep(morphable, batches, kept, granularity)
-    first = best = sweep.nll
-    tried = 1
-    for _ in range(max_rounds):
-        found: tuple[float, Unit, Unit] | None = None
-        for old in sorted(kept - fixed):
-            for new in pool:
-                if new in kept or (bound(old) and new[0] != old[0]):
-                    continue
-                value = sweep.nll_with(kept - {old} | {new})
-                tried += 1
-                if value < best - 1e-6 and (found is None or value < found[0]):
-                    found = (value, old, new)
-        if found is None:
-            break
-        best, old, new = found
-        kept = kept - {old} | {new}
-        taken.append({"out": list(old), "in": list(new), "nll": best})
-        if progress:
-            progress(f"swap: {_name(old)} out, {_name(new)} in; answer NLL {best:.4f}")
-        sweep = Sweep(morphable, batches, kept, granularity)
-    return tuple(sorted(kept)), {
-        "nll_before": first,
-        "nll_after": best,
-        "swaps": taken,
-        "sets_tried": tried,
-        "seconds": round(time.perf_counter() - start, 3),
+def to_units(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Return per-head numbers `[L, H]` summed over the heads of each of `width` units."""
+    return values.unflatten(-1, (width, -1)).sum(-1)
+
+
+def group_max(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Return per-head numbers `[L, H]` as the largest of each of `width` units.
+
+    What one query head of a group needs, the whole KV head must keep.
+    """
+    return values.unflatten(-1, (width, -1)).amax(-1)
+
+
+def as_values(morphable: Morphable, table: torch.Tensor) -> Values:
+    """Return a value per unit from `[number of candidates, units]`."""
+    rows = table.detach().double().cpu().tolist()
+    return {
+        (i, u): value for i, row in zip(morphable.candidates, rows) for u, value in enumerate(row)
     }
 
 
-def _name(unit: Unit) -> str:
-    return f"layer {unit[0]}" if unit[1] == 0 else f"layer {unit[0]} unit {unit[1]}"
+def kept_units(scores_: Values, count: int) -> list[Unit]:
+    """Return the `count` highest units; ties go to the lower index."""
+    return sorted(sorted(scores_, key=lambda u: (-scores_[u], u))[:count])
+
+
+def spread(values: Iterable[float]) -> float:
+    """Return the largest minus the smallest value."""
+    found = list(values)
+    return max(found) - min(found) if found else 0.0

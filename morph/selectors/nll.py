@@ -57,8 +57,9 @@ def score(
         base = [] if options.mode == "add" else found
         sweep = _common.Sweep(morphable, batches, base, granularity)
         sign = 1 if options.mode == "add" else -1
-        values = {u: sign * (sweep.nll - sweep.nll_with(set(base) ^ {u})) for u in found}
-        provenance["base_nll"] = sweep.nll
+        nll, *others = sweep.means([base, *(set(base) ^ {u} for u in found)])
+        values = {u: sign * (nll - other) for u, other in zip(found, others)}
+        provenance["base_nll"] = nll
     return _common.scores(morphable, "nll", granularity, values, unit, provenance)
 
 
@@ -76,7 +77,8 @@ def _greedy(
     last: dict[_common.Unit, float] = {}
     for _ in range(rounds):
         sweep = _common.Sweep(morphable, batches, kept, granularity)
-        last = {u: sweep.nll_with([*kept, u]) for u in found if u not in kept}
+        rest = [u for u in found if u not in kept]
+        last = dict(zip(rest, sweep.means([[*kept, u] for u in rest])))
         best = min(last, key=lambda u: (last[u], u))
         kept.append(best)
         picked.append({"unit": list(best), "nll": last[best]})

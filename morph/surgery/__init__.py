@@ -17,7 +17,7 @@ from morph.surgery._graft import (
     resolve_costs,
 )
 from morph.surgery._memo import Memo
-from morph.surgery._modes import CHEAP, FULL, Fixed, Mode, Patched, Soft
+from morph.surgery._modes import CHEAP, FULL, Fixed, Mode, Nudge, Patched, Soft
 from morph.surgery._morphable import Batch, Morphable, Run, mixer_state, morphable
 from morph.surgery._trace import Trace, answer_losses, answer_rows, answer_tokens, predicting
 
@@ -30,6 +30,7 @@ __all__ = [
     "Memo",
     "Mode",
     "Morphable",
+    "Nudge",
     "Patched",
     "Run",
     "Soft",

@@ -55,6 +55,9 @@ class Memo:
     def __len__(self) -> int:
         return len(self._found)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
+
     def get(self, key: str) -> Measured | None:
         """Return what was measured under `key`, or None."""
         found = self._found.get(key)

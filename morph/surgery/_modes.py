@@ -30,12 +30,15 @@ class Soft:
     gate: torch.Tensor
     full: torch.Tensor | None = None
 
-    def weight(self) -> torch.Tensor:
-        """Return the gate shaped for `[B, T, H, V]`."""
-        gate = self.gate
-        if gate.dim() == 2:
-            gate = gate[:, None]
-        return gate[..., None] if gate.dim() else gate
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Nudge:
+    """The source's attention, `amount` of the way towards cheap: its derivative at 0 is exact.
+
+    `amount` is zeros, shaped as the gate of `Soft`. No graph is built through the cheap mixer.
+    """
+
+    amount: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,9 +60,16 @@ class Patched:
     full: torch.Tensor | None = None
 
 
-Mode = Literal["full", "cheap"] | Blend | Soft | Fixed | Patched
+Mode = Literal["full", "cheap"] | Blend | Soft | Nudge | Fixed | Patched
 # Called with the layer and its rotated q [B, T, H, K], k [B, T, G, K] and v [B, T, G, V]
 Probe = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def weight_of(gate: torch.Tensor) -> torch.Tensor:
+    """Return a scalar, `[H]`, `[B, H]` or `[B, T, H]` gate shaped for `[B, T, H, V]`."""
+    if gate.dim() == 2:
+        gate = gate[:, None]
+    return gate[..., None] if gate.dim() else gate
 
 
 class Switch(nn.Module):
@@ -103,14 +113,19 @@ class Switch(nn.Module):
         mode = self.mode
         if isinstance(mode, Fixed):
             return mode.heads
+        shared = self.exact.projected(hidden, positions)
+        given = mode.full if isinstance(mode, (Soft, Patched)) else None
+        full = self.exact.mix(hidden, positions, projected=shared) if given is None else given
         if isinstance(mode, Patched):
-            full = self.exact.mix(hidden, positions) if mode.full is None else mode.full
             return torch.where(mode.mask[:, None], mode.heads, full)
-        given = mode.full if isinstance(mode, Soft) else None
-        full = self.exact.mix(hidden, positions) if given is None else given
-        cheap = self.cheap.mix(hidden, positions)
+        if isinstance(mode, Nudge):
+            with torch.no_grad():
+                cheap = self.cheap.mix(hidden, positions, projected=shared)
+                step = cheap - full
+            return full + weight_of(mode.amount).to(full.dtype) * step
+        cheap = self.cheap.mix(hidden, positions, projected=shared)
         if isinstance(mode, Soft):
-            return cheap + mode.weight().to(cheap.dtype) * (full - cheap)
+            return cheap + weight_of(mode.gate).to(cheap.dtype) * (full - cheap)
         assert callable(mode)
         return mode(full, cheap)
 

@@ -20,11 +20,13 @@ from morph import registry, strict
 from morph.errors import PlanError
 from morph.families._family import Family
 from morph.families._lookup import family_of
+from morph.mixers._base import MixerBase
 from morph.mixers._hybrid import HybridAttention
 from morph.plan import Granularity, HeadGroup, LayerPlan
 from morph.surgery._graft import base_of, geometry_of, layers_of
 from morph.surgery._memo import Memo
 from morph.surgery._modes import CHEAP, FULL, Mode, Probe, Switch
+from morph.surgery._streaming import StreamedLayers, refuse_streaming
 from morph.surgery._trace import Trace, answer_losses, predicting
 
 Units = Iterable[tuple[int, int]]
@@ -88,7 +90,8 @@ class Morphable:
         self.memo = Memo()
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.streaming = False
-        self.release: Callable[[int], None] = lambda layer: None
+        self.fetch: Callable[[int], None] = lambda layer: None
+        self.release: Callable[[int | None], None] = lambda layer: None
         module = registry.load("mixers", mixer)
         parsed = strict.build(module.Options, options or {}, f"mixer {mixer}", PlanError)
         self.options = strict.plain(parsed)
@@ -216,9 +219,13 @@ class Morphable:
                 if name in kept:
                     yield attention.register_forward_hook(out(name, i, whole))
 
-    @torch.no_grad()
     def full_heads(self, batch: Batch) -> dict[int, torch.Tensor]:
         """Return the source's head outputs `[B, T, H, V]` by candidate layer; one forward."""
+        return self.teacher(batch)[0]
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch) -> tuple[dict[int, torch.Tensor], Run]:
+        """Return what `full_heads` does, and the source's Run."""
         found: dict[int, torch.Tensor] = {}
 
         def keep(i: int) -> Mode:
@@ -228,8 +235,7 @@ class Morphable:
 
             return blend
 
-        self.run(batch, {i: keep(i) for i in self.candidates})
-        return found
+        return found, self.run(batch, {i: keep(i) for i in self.candidates})
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits `[N, vocab]` of normed hidden states `[N, D]`, by the model's own head."""
@@ -245,8 +251,10 @@ class Morphable:
     ) -> tuple[torch.Tensor, ...]:
         """Return d loss / d inputs; `again` keeps the graph for a further way back.
 
-        Inputs that the loss does not depend on get zeros.
+        Inputs that the loss does not depend on get zeros. Raises PlanError where the model is
+        streamed.
         """
+        refuse_streaming(self, "this score")
         self.backwards += 1
         found = torch.autograd.grad(loss, list(inputs), retain_graph=again, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found))
@@ -312,16 +320,22 @@ def morphable(
     family: Family | None = None,
     *,
     aligned: Mapping[str, torch.Tensor] | None = None,
+    streamed: StreamedLayers | None = None,
 ) -> Iterator[Morphable]:
     """Give a causal LM switches in every candidate layer for the length of a `with` block.
 
     The model is in eval mode inside, its weights frozen, and exactly as it was afterwards: the same
     attention modules, flags and no hook. `aligned` are the mixers' own parameters by
-    `<layer>.<name>` (see `mixer_state`). Raises UnknownName and PlanError for a mixer or options
-    that do not exist, and PlanError where no layer attends to everything.
+    `<layer>.<name>` (see `mixer_state`). `streamed` reads the layers of a model that keeps them on
+    the meta device, one at a time; none is resident before or after. Raises UnknownName and
+    PlanError for a mixer or options that do not exist, and PlanError where no layer attends to
+    everything.
     """
     family = family or family_of(model.config.to_dict())
     found = Morphable(model, family, mixer, options)
+    if streamed is not None:
+        found.streaming, found.fetch, found.release = True, streamed.fetch, streamed.drop
+        streamed.drop()
     layers = layers_of(found.base, family)
     found.base_layers = list(layers)
     training = {module: module.training for module in model.modules()}
@@ -337,6 +351,7 @@ def morphable(
             _load(found, aligned)
         yield found
     finally:
+        found.release(None)
         for i, switch in found.switches.items():
             setattr(layers[i], family.attention, switch.source)
         for module, flag in training.items():
@@ -358,9 +373,12 @@ def _switch(found: Morphable, source: nn.Module, layer: int) -> Switch:
         for stem, chosen in ((found.mixer, found.options), ("full", {}))
     ]
     first = next(source.parameters())
+    device = next(found.model.parameters()).device if first.is_meta else first.device
     for hybrid in hybrids:
-        hybrid.mixers.to(torch.device("cpu") if first.is_meta else first.device)
+        hybrid.mixers.to(device)
         for part in hybrid.mixers:
+            if type(part).inherit is not MixerBase.inherit:
+                found.fetch(layer)
             part.inherit(source)
         hybrid.mixers.requires_grad_(False)
         hybrid.eval()

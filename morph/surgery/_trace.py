@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from morph.surgery._morphable import Batch, Morphable
 
 T = TypeVar("T")
+Alike = tuple[torch.Tensor, list[int]]  # a hidden state, and the variants that share it
 
 
 class Trace:
     """One batch under a base assignment, and any variant of it from its first changed layer on.
 
-    The base runs when it is first needed. Of a model whose layers are streamed (see `streamed`)
-    nothing is kept between layers: variants then go through the model together, layer by layer.
+    The base runs when it is first needed. Of a model whose layers are streamed nothing is kept
+    between layers: variants then go through the model together, layer by layer; see `together`.
     """
 
     def __init__(
@@ -48,11 +49,10 @@ class Trace:
         """Answer logits `[N, vocab]` of the base assignment."""
         if self._logits is None:
             with torch.no_grad():
-                extra = self._run_prefix() if self.skip else {}
-                hidden = self._record(extra)
                 if self.morphable.streaming:
-                    hidden = self._through([{}])[0]
-                self._logits = self._head(hidden)
+                    self._logits = next(together([self], [[{}]], lambda _, logits: logits))[2]
+                else:
+                    self._logits = self._head(self._record())
         return self._logits
 
     def _prefix_length(self) -> int:
@@ -82,12 +82,13 @@ class Trace:
             "morph_prefix": SimpleNamespace(layers=frozen),
         }
 
-    def _record(self, extra: dict[str, Any]) -> torch.Tensor:
+    def _record(self) -> torch.Tensor:
         """Run the rest under the base assignment, keeping what every layer was called with.
 
         A streamed model is only asked how it calls its layers; the layers themselves do not run.
         """
-        m = self.morphable
+        m, self.calls = self.morphable, []
+        extra = {"use_cache": False, **(self._run_prefix() if self.skip else {})}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -103,7 +104,7 @@ class Trace:
         )
         try:
             with m.assigned(self.modes), m.skipped_layers(m.streaming):
-                m.base(input_ids=self.batch.ids[:, self.skip :], **({"use_cache": False} | extra))
+                m.base(input_ids=self.batch.ids[:, self.skip :], **extra)
         finally:
             for handle in handles:
                 handle.remove()
@@ -114,44 +115,53 @@ class Trace:
         normed = self.morphable.base.norm(predicting(hidden, self.batch.answers, self.skip))
         return self.morphable.head(normed)
 
-    @torch.no_grad()
     def variant(self, changes: Mapping[int, Mode]) -> torch.Tensor:
         """Return answer logits `[N, vocab]` with these layers' modes changed."""
         return self.variants([changes], lambda logits: logits)[0]
 
-    @torch.no_grad()
     def variants(
         self, changes: Sequence[Mapping[int, Mode]], reduce: Callable[[torch.Tensor], T]
     ) -> list[T]:
-        """Return `reduce(answer logits [N, vocab])` for each of several changes of the base.
+        """Return `reduce(answer logits [N, vocab])` for each of several changes of the base."""
+        found = dict(self.each(changes, reduce))
+        return [found[n] for n in range(len(changes))]
+
+    def each(
+        self, changes: Sequence[Mapping[int, Mode]], reduce: Callable[[torch.Tensor], T]
+    ) -> Iterator[tuple[int, T]]:
+        """Yield (index, `reduce(answer logits [N, vocab])`) for several changes of the base.
 
         Variants that begin alike share those layers: depth first, keeping one hidden state per
-        layer; breadth first, layer by layer, where the model is streamed. Logits are handed to
-        `reduce` one variant at a time, so that few of them need live.
+        layer; breadth first, layer by layer, where the model is streamed. They come in the order
+        in which they are computed, and logits are handed to `reduce` one variant at a time.
         """
-        m, found = self.morphable, {}
-        if not m.streaming:
-            base = reduce(self.logits)
-        elif not self.calls:
-            self._record({})
         real = [{i: x for i, x in c.items() if x is not self.modes[i]} for c in changes]
         if self.skip and any(x not in (FULL, CHEAP) for c in real for x in c.values()):
             raise PlanError("this trace shares its first tokens; blends need share_prefix=False.")
-        if m.streaming:
-            return [reduce(self._head(hidden)) for hidden in self._through(real)]
+        if self.morphable.streaming:
+            found = together([self], [real], lambda _, logits: reduce(logits))
+            yield from ((n, value) for _, n, value in found)
+        else:
+            with torch.no_grad():
+                yield from self._in_turn(real, reduce)
+
+    def _in_turn(
+        self, real: Sequence[Mapping[int, Mode]], reduce: Callable[[torch.Tensor], T]
+    ) -> Iterator[tuple[int, T]]:
+        m, base = self.morphable, self.logits
         keys = [tuple(m.number(c.get(i, self.modes.get(i))) for i in self._layers) for c in real]
-        before, stack = None, [call["hidden"] for call in self.calls]
+        before, last, stack = None, None, [call["hidden"] for call in self.calls]
         for n in sorted(range(len(real)), key=keys.__getitem__):
             if not real[n]:
-                found[n] = base
+                yield n, reduce(base)
             elif keys[n] == before:
-                found[n] = found[last]
+                yield n, last
             else:
                 shared = 0 if before is None else _common(before, keys[n])
                 first = min(real[n]) if self.reuse else 0
                 hidden = self._from(real[n], max(shared, first) if self.reuse else 0, first, stack)
-                found[n], before, last = reduce(self._head(hidden)), keys[n], n
-        return [found[n] for n in range(len(real))]
+                before, last = keys[n], reduce(self._head(hidden))
+                yield n, last
 
     @property
     def _layers(self) -> range:
@@ -170,30 +180,61 @@ class Trace:
         m.count((len(m.base_layers) - start) * self.share, 0)
         return hidden
 
-    def _through(self, changes: Sequence[Mapping[int, Mode]]) -> list[torch.Tensor]:
-        """Take all variants through each layer before the next: only that layer need be there."""
-        m = self.morphable
-        assigned = [{**self.modes, **c} for c in changes]
-        live: dict[tuple[int, ...], torch.Tensor] = {(): self.calls[0]["hidden"]}
-        paths: list[tuple[int, ...]] = [()] * len(assigned)
-        for i in self._layers:
-            ahead: dict[tuple[int, ...], torch.Tensor] = {}
-            for n, modes in enumerate(assigned):
-                path = (*paths[n], m.number(modes.get(i)))
-                if path not in ahead:
-                    with m.assigned({i: modes[i]} if i in modes else {}):
-                        out = m.base_layers[i](live[paths[n]], **self.calls[i]["kwargs"])
-                    ahead[path] = _tensor(out)
-                    m.count(1, 0)
-                paths[n] = path
-            live = ahead
-            m.release(i)
-        return [live[path] for path in paths]
+    def _pass(self, i: int, waiting: list[Alike], assigned: Sequence[Mapping[int, Mode]]) -> None:
+        """Take what waits before layer `i` through it, once for variants alike so far and there."""
+        m, ahead = self.morphable, []
+        while waiting:  # what was used is let go at once
+            hidden, members = waiting.pop()
+            split: dict[int, list[int]] = {}
+            for n in members:
+                split.setdefault(m.number(assigned[n].get(i)), []).append(n)
+            for alike in split.values():
+                modes = assigned[alike[0]]
+                with m.assigned({i: modes[i]} if i in modes else {}):
+                    out = m.base_layers[i](hidden, **self.calls[i]["kwargs"])
+                ahead.append((_tensor(out), alike))
+                m.count(self.share, 0)
+        waiting.extend(ahead)
 
     def losses(self, changes: Mapping[int, Mode] | None = None) -> torch.Tensor:
         """Return the negative log-likelihood `[N]` of every answer token under a variant."""
         logits = self.variant(changes) if changes else self.logits
         return answer_losses(logits, self.batch)
+
+
+def together(
+    traces: Sequence[Trace],
+    changes: Sequence[Sequence[Mapping[int, Mode]]],
+    reduce: Callable[[int, torch.Tensor], T],
+    passed: Callable[[int], None] = lambda layer: None,
+) -> Iterator[tuple[int, int, T]]:
+    """Yield (trace, index, `reduce(trace, answer logits [N, vocab])`) for changes of many traces.
+
+    `changes[t]` are the variants of `traces[t]`, which come trace by trace, index 0 first. All of
+    them pass layer i before any passes i + 1, so of a streamed model each layer is read once for
+    all batches and variants; `passed` is told. What lives meanwhile is one hidden state for every
+    batch and every variant that differs by then: at most (V + 2) x B x T x D numbers for each
+    batch, V its variants. Nothing is yielded before the last layer is done.
+    """
+    m = traces[0].morphable
+    assigned = [[{**t.modes, **c} for c in own] for t, own in zip(traces, changes)]
+    waiting: list[list[Alike]] = []
+    with torch.no_grad():
+        for trace, own in zip(traces, assigned):
+            if not trace.calls:
+                trace._record()
+            waiting.append([(trace.calls[0]["hidden"], list(range(len(own))))])
+        for i in range(len(m.base_layers)):
+            for trace, states, own in zip(traces, waiting, assigned):
+                trace._pass(i, states, own)
+            m.release(i)
+            passed(i)
+    for t, states in enumerate(waiting):
+        for hidden, alike in sorted(states, key=lambda state: min(state[1])):
+            with torch.no_grad():
+                value = reduce(t, traces[t]._head(hidden))
+            yield from ((t, n, value) for n in alike)
+        states.clear()
 
 
 def answer_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
