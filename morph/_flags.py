@@ -78,6 +78,15 @@ Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.
 Target = Annotated[
     str, typer.Option("--target", metavar="FORM", help="What to write: auto, stock or package.")
 ]
+Export = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--export",
+        metavar="FORMAT=FILE",
+        help="Also write for another tool: duo_attention, retrieval_head, swaa, "
+        "keep_full_attention_layers. Repeatable.",
+    ),
+]
 NoSwaps = Annotated[bool, typer.Option("--no-swaps", help="Skip the verify-and-swap pass.")]
 
 
@@ -159,6 +168,27 @@ def as_units(pins: list[str] | None) -> list[Any] | None:
     except ValueError as error:
         raise UsageError(f"a layer (3) or layer.unit (3.1) was expected: {error}.") from error
     return [p[0] if len(p) == 1 else p for p in parts]
+
+
+def as_exports(given: list[str] | None) -> dict[str, Path]:
+    """Return `format=file` texts as paths by format."""
+    from morph.errors import UnknownName, escape, nearest
+    from morph.exchange import FORMATS
+
+    found: dict[str, Path] = {}
+    for text in given or []:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--export {escape(text)!r}: give FORMAT=FILE.")
+        if name not in FORMATS:
+            raise UnknownName(
+                f"--export: {escape(name)!r} is no format.{nearest(name, FORMATS)} "
+                f"There are: {', '.join(FORMATS)}."
+            )
+        if name in found:
+            raise UsageError(f"--export: {name} is given twice.")
+        found[name] = Path(path)
+    return found
 
 
 def refuse_choices(*given: Any) -> None:

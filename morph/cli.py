@@ -19,6 +19,7 @@ from morph._flags import (
     BudgetOption,
     DryRun,
     DType,
+    Export,
     FamilyOption,
     Force,
     GranularityOption,
@@ -34,6 +35,7 @@ from morph._flags import (
     Sets,
     Target,
     Texts,
+    as_exports,
     as_recipe,
     as_units,
     given_once,
@@ -168,6 +170,11 @@ def score(
     budget: BudgetOption = None,
     data: Texts = None,
     out: Out = Path("scores.json"),
+    export: Export = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Hold one layer in memory at a time: exact sweeps only."),
+    ] = False,
     family: FamilyOption = None,
     seed: Seed = 0,
     dtype: DType = None,
@@ -193,15 +200,27 @@ def score(
         budget=budget,
     )
     if dry_run:
-        return terminal.emit(pipeline.dry_run(recipe), as_json, terminal.pairs)
-    found = pipeline.score_command(recipe, out, force=force, say=terminal.say)
+        return terminal.emit(pipeline.score_estimate(recipe), as_json, terminal.pairs)
+    with terminal.measuring() as progress:
+        found = pipeline.score_command(
+            recipe,
+            out,
+            exports=as_exports(export),
+            stream=stream,
+            force=force,
+            say=terminal.say,
+            progress=progress,
+        )
     terminal.emit(found, as_json, terminal.scores)
     terminal.next_command(_next.after_score(recipe, out, sets))
 
 
 @app.command()
 def plan(
-    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="A scores.json.")],
+    scores: Annotated[
+        Path,
+        typer.Argument(metavar="SCORES", help="A scores.json, or a file of another tool."),
+    ],
     model: Annotated[
         str,
         typer.Option("--model", metavar="MODEL", help="The scored model; swaps need --data."),
@@ -213,6 +232,7 @@ def plan(
     data: Texts = None,
     no_swaps: NoSwaps = False,
     out: Out = Path("plan.json"),
+    export: Export = None,
     seed: Seed = 0,
     sets: Sets = None,
     force: Force = False,
@@ -233,9 +253,79 @@ def plan(
         replace=as_units(replace),
         verify_swaps=None if not no_swaps else False,
     )
-    found = pipeline.plan_command(recipe, scores, out, force=force, say=terminal.say)
+    found = pipeline.plan_command(
+        recipe, scores, out, exports=as_exports(export), force=force, say=terminal.say
+    )
     terminal.emit(found, as_json, terminal.plan)
     terminal.next_command(_next.after_plan(recipe, out))
+
+
+@app.command()
+def compare(
+    model: Model,
+    selectors: Annotated[
+        str | None,
+        typer.Option(
+            "--selectors",
+            metavar="NAMES",
+            help="Which, such as nll,kl:mode=remove,fisher. All by default.",
+        ),
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="LIMITS", help="Budgets, parted by commas.")
+    ] = "1/8,1/4,1/2",
+    granularity: GranularityOption = None,
+    mixer: MixerOption = None,
+    data: Texts = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", min=1, help="Draws of selectors that draw.")
+    ] = 1,
+    max_sets: Annotated[
+        int,
+        typer.Option(
+            "--max-sets", metavar="N", help="Try all sets of a budget where there are so many."
+        ),
+    ] = 4096,
+    no_swaps: NoSwaps = False,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="For the table, page and pictures.")
+    ] = Path("compare"),
+    family: FamilyOption = None,
+    seed: Seed = 0,
+    dtype: DType = None,
+    sets: Sets = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compare selectors at several budgets: the regret table of a model."""
+    from morph import pipeline
+    from morph.pipeline import _next
+
+    recipe = as_recipe(
+        model,
+        sets,
+        family=family,
+        data=data,
+        seed=seed,
+        dtype=dtype,
+        mixer=mixer,
+        granularity=granularity,
+    )
+    with terminal.measuring() as progress:
+        found = pipeline.compare_command(
+            recipe,
+            selectors,
+            budgets,
+            out,
+            seeds=seeds,
+            max_sets=max_sets,
+            with_swaps=not no_swaps,
+            force=force,
+            say=terminal.say,
+            progress=progress,
+        )
+    terminal.emit(found, as_json, terminal.comparison)
+    terminal.next_command(_next.after_compare(recipe, found, sets))
 
 
 @app.command()

@@ -6,7 +6,8 @@ go to the lower index, pins win over scores. Pure Python.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from morph.errors import PlanError
@@ -107,7 +108,7 @@ def choose_units(
     if scores.pairs is None:
         ranked = sorted(free, key=lambda c: (-scores.values[c[0]][c[1]], c))
         return tuple(sorted(chosen | set(ranked[: count - len(chosen)])))
-    return _quadratic(scores, candidates, chosen, set(free), count, width)
+    return _quadratic(scores, candidates, chosen, set(free), count)
 
 
 def _count_full(budget: Budget, shape: Geometry, granularity: Granularity, total: int) -> int:
@@ -182,38 +183,85 @@ def _floor(
     return extra
 
 
+class _Costs:
+    """What replacing a set costs by scores and pairs, kept up to date as units move in and out.
+
+    `link[u]` is the sum of the pairs of u with all other replaced units.
+    """
+
+    def __init__(
+        self, scores: Scores, candidates: Sequence[tuple[int, int]], kept: set[tuple[int, int]]
+    ) -> None:
+        width = len(scores.values[0])
+        self.value = {(i, u): scores.values[i][u] for i, u in candidates}
+        self._row = {(i, u): i * width + u for i, u in candidates}
+        self._pairs = scores.pairs
+        out = [c for c in candidates if c not in kept]
+        self.link = {
+            c: math.fsum(self.pair(c, other) for other in out if other != c) for c in candidates
+        }
+
+    def pair(self, a: tuple[int, int], b: tuple[int, int]) -> float:
+        """Return what replacing both costs beyond each alone."""
+        return self._pairs[self._row[a]][self._row[b]] if self._pairs is not None else 0.0
+
+    def keep(self, unit: tuple[int, int]) -> None:
+        """Take a unit out of the replaced ones."""
+        if self._pairs is not None:
+            for other in self.link:
+                if other != unit:
+                    self.link[other] -= self.pair(unit, other)
+
+    def drop(self, unit: tuple[int, int]) -> None:
+        """Put a unit among the replaced ones."""
+        if self._pairs is not None:
+            for other in self.link:
+                if other != unit:
+                    self.link[other] += self.pair(unit, other)
+
+    def relief(self, unit: tuple[int, int]) -> float:
+        """Return how much cheaper the replaced set gets when `unit` is kept after all."""
+        return self.value[unit] + self.link[unit]
+
+    def gain(self, old: tuple[int, int], new: tuple[int, int]) -> float:
+        """Return how much cheaper it gets when kept `old` is replaced and replaced `new` kept."""
+        return self.relief(new) - self.relief(old) + self.pair(old, new)
+
+
+def swap_gain(
+    scores: Scores, kept: Iterable[tuple[int, int]], geometry: Geometry
+) -> Callable[[tuple[int, int], tuple[int, int]], float]:
+    """Return gain(out, in): what a single swap promises by the scores; for the swap pass."""
+    width = geometry.units(scores.granularity)
+    candidates = [(i, u) for i in geometry.candidates for u in range(width)]
+    return _Costs(scores, candidates, set(kept)).gain
+
+
 def _quadratic(
     scores: Scores,
     candidates: list[tuple[int, int]],
     pinned: set[tuple[int, int]],
     free: set[tuple[int, int]],
     count: int,
-    width: int,
 ) -> tuple[tuple[int, int], ...]:
     """Greedy additions to the kept set, then the best single swaps until none helps."""
-    assert scores.pairs is not None
-    pairs = scores.pairs
-
-    def cost(kept: set[tuple[int, int]]) -> float:
-        out = [c for c in candidates if c not in kept]
-        index = [i * width + u for i, u in out]
-        linear = sum(scores.values[i][u] for i, u in out)
-        return linear + sum(pairs[a][b] for n, a in enumerate(index) for b in index[n + 1 :])
-
     kept = set(pinned)
+    costs = _Costs(scores, candidates, kept)
     while len(kept) < count:
-        kept.add(min(sorted(free - kept), key=lambda c: cost(kept | {c})))
-    best = cost(kept)
-    while True:
+        best = min(free - kept, key=lambda c: (-costs.relief(c), c))
+        kept.add(best)
+        costs.keep(best)
+    for _ in range(4 * len(candidates)):  # it ends long before; rounding must not make it circle
         swaps = [
-            (cost(kept - {a} | {b}), a, b)
-            for a in sorted(kept - pinned)
-            for b in sorted(free - kept)
+            (-costs.gain(a, b), a, b) for a in sorted(kept - pinned) for b in sorted(free - kept)
         ]
-        if not swaps or min(swaps)[0] >= best - 1e-12:
-            return tuple(sorted(kept))
-        best, out, new = min(swaps)
+        if not swaps or min(swaps)[0] >= -1e-12:
+            break
+        _, out, new = min(swaps)
         kept = kept - {out} | {new}
+        costs.drop(out)
+        costs.keep(new)
+    return tuple(sorted(kept))
 
 
 def _head_layers(

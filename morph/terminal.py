@@ -326,6 +326,13 @@ def evaluation(found: Any) -> None:
         print(textwrap.fill(f"note: {escape(note, 1000)}", width, subsequent_indent="  "))
 
 
+def comparison(found: Any) -> None:
+    """Print the regret table of a comparison."""
+    from morph import report
+
+    show(report.comparison_table(found))
+
+
 def run(found: Mapping[str, Any]) -> None:
     """Print the end of a run: the table and where everything is."""
     if found.get("evaluation") is not None:
@@ -346,6 +353,55 @@ def training() -> Iterator[Callable[[Any], None]]:
         yield lambda event: shown.update(event) if event.kind == "step" else None
     finally:
         shown.stop()
+
+
+@contextmanager
+def measuring() -> Iterator[Callable[[int, int], None]]:
+    """Show how far a selector is on stderr: measurements done, and time left.
+
+    A bar for people; into a file or a pipe a line every half minute.
+    """
+    began = time.monotonic()
+    shown: Any = None
+    last = [began, -1.0, began]  # when this round began, its count, when a line was printed
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if done < last[1]:  # another round has begun
+            last[0] = now
+        last[1] = done
+        left = (now - last[0]) / max(1, done) * (total - done)
+        if not sys.stderr.isatty():
+            if now - last[2] > 30 and done < total:
+                last[2] = now
+                say(f"{done:,} of {total:,} measured, about {left:,.0f} s left in this round")
+            return
+        if shown is None:
+            shown = _measuring_bar()
+        shown.update(0, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if shown is not None:
+            shown.stop()
+
+
+def _measuring_bar() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        "measured",
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_console(stderr=True),
+        transient=True,
+    )
+    bar.add_task("measured", total=1)
+    bar.start()
+    return bar
 
 
 class _Lines:

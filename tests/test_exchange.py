@@ -16,6 +16,7 @@ from morph import exchange, selection
 from morph import plan as planning
 from morph.errors import PlanError, StorageError
 from morph.plan import Budget, Geometry, Scores
+from morph.selectors import halo
 
 DATA = Path(__file__).resolve().parent / "data"
 PICKS = json.loads((DATA / "published_picks.json").read_text(encoding="utf-8"))
@@ -490,7 +491,7 @@ def test_published_retrieval_heads(tmp_path: Path):
 
 
 def test_published_sweep_of_halo_gives_the_shipped_layers():
-    """HALO's ratio and the retrieval drop, recomputed here from the logged accuracies."""
+    """HALO's ratio and the retrieval drop, from the logged accuracies."""
     sweep = json.loads((DATA / "halo_scores.json").read_text(encoding="utf-8"))
 
     def means(tasks):
@@ -498,15 +499,16 @@ def test_published_sweep_of_halo_gives_the_shipped_layers():
 
     recall, common = means(sweep["retrieval"]), means(sweep["commonsense"])
     assert len(recall) == len(common) == sweep["num_hidden_layers"]
-    ratio = [
-        min(50.0, (max(recall) - r) / (max(common) - c + 1e-10)) for r, c in zip(recall, common)
-    ]
+    original = tuple(
+        statistics.fmean(sweep["original"][name].values()) for name in ("retrieval", "commonsense")
+    )
     shape, budget = geometry(28), Budget(full_layers=sweep["keep"])
 
-    def pick(values):
+    def pick(mode):
+        values = halo.ratios(recall, common, mode=mode, original=original)
         return kept(scores("layer", shape, values=tuple((v,) for v in values)), budget, shape)
 
-    assert pick(ratio) == sweep["top"] == PICKS["halo"]["2b"]["layers"]
-    assert pick([-r for r in recall]) == sweep["top_by_retrieval_drop"]
+    assert pick("faithful") == sweep["top"] == PICKS["halo"]["2b"]["layers"]
+    assert pick("jet") == sweep["top_by_retrieval_drop"]
     assert (common.index(max(common)), recall.index(max(recall))) == (3, 5)
     assert round(max(common), 4) == 0.5839

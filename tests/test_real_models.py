@@ -12,7 +12,7 @@ import pytest
 
 from morph import checkpoint, pipeline
 from morph import plan as planning
-from morph.pipeline import _convert, _data, _measure, _select
+from morph.pipeline import _convert, _data, _measure, _score, _select
 from morph.recipes import schema
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -59,7 +59,7 @@ def road(request, tmp_path_factory):
     tokenizer = source.tokenizer()
     corpus = _data.corpus(recipe.data, tokenizer)
     model = source.model()
-    scores = _select.score(source, recipe.select, recipe.mixer, corpus, model=model)
+    scores = _score.score(source, recipe.select, recipe.mixer, corpus, model=model)
     plan, swaps = _select.make_plan(
         scores, recipe.select, recipe.mixer, source, corpus=corpus, model=model
     )

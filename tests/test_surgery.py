@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def fingerprint(model):
         hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
         found.update(f"{name} {type(module).__name__} {module.training} {hooks}".encode())
     return found.hexdigest()
+
+
+def options_of(module, count=1):
+    """Return the options under which the laws run a selector; counts as the budget fills them in."""
+    options = strict.build(module.Options, getattr(module, "EXAMPLE", {}))
+    if getattr(options, "count", 0) is None:
+        options = replace(options, count=count)
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +117,7 @@ def test_selector_laws(model, selector, granularity):
     found = []
     for order in (batches, batches[::-1]):
         with surgery.morphable(model, "sliding", {"window": 12}) as probe:
-            options = strict.build(module.Options, {})
+            options = options_of(module)
             found.append(module.score(probe, order, options, granularity=granularity))
     assert fingerprint(model) == before
     shape = surgery.geometry_of(model)
@@ -204,7 +213,10 @@ def test_selectors_that_look_find_the_planted_layer(planted, selector):
     if module.NEEDS == "weights":
         pytest.skip("looks at no data: it is a baseline, and finds nothing")
     with surgery.morphable(model, "sliding", {"window": 64}) as probe:
-        found = module.score(probe, batches, strict.build(module.Options, {}))
+        options = strict.build(module.Options, {})
+        if getattr(options, "count", 0) is None:
+            options = replace(options, count=1)
+        found = module.score(probe, batches, options)
     values = [row[0] for row in found.values]
     assert max(range(8), key=values.__getitem__) == 5
 

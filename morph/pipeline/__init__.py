@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -31,10 +32,12 @@ from morph.recipes import schema
 from morph.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from morph.comparison import Comparison
     from morph.evaluation import Evaluation
 
 __all__ = [
     "Source",
+    "compare_command",
     "convert_command",
     "distill_command",
     "distill_dry_run",
@@ -45,6 +48,7 @@ __all__ = [
     "plan_command",
     "run",
     "score_command",
+    "score_estimate",
     "verify_command",
     "with_stages",
 ]
@@ -102,31 +106,76 @@ def _corpus(recipe: Recipe, source: Source, root: Path | None = None) -> _data.C
     return _data.corpus(recipe.data, source.tokenizer(), root)
 
 
-def score_command(recipe: Recipe, out: Path, *, force: bool = False, say: Say = quiet) -> Scores:
-    """Score the recipe's model and write scores.json."""
+def score_command(
+    recipe: Recipe,
+    out: Path,
+    *,
+    exports: Mapping[str, Path] | None = None,
+    stream: bool = False,
+    force: bool = False,
+    say: Say = quiet,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Score the recipe's model and write scores.json, and what `exports` names by format.
+
+    What was measured waits in OUT.partial until it is done; the same command goes on from there.
+    """
+    from morph.pipeline import _score
+
     source = open_source(recipe.model, recipe.family)
-    check_result(out, force, [source.path, *recipe.data.text])
-    found = _select.score(
+    inputs = [source.path, *recipe.data.text]
+    for path in (out, *(exports or {}).values()):
+        check_result(path, force, inputs)
+    partial = out.with_name(f"{out.name}.partial")
+    found = _score.score(
         source,
         recipe.select,
         recipe.mixer,
         _corpus(recipe, source),
         seed=recipe.seed,
         dtype=recipe.dtype,
+        memo=partial,
+        work=out.parent,
+        stream=stream,
         say=say,
+        progress=progress,
     )
     write_result(out, planning.dumps(found))
     say(f"wrote {out}")
+    _export(found, exports or {}, None, say)
+    partial.unlink(missing_ok=True)
     return found
 
 
+def _export(
+    scores: Scores, exports: Mapping[str, Path], keep: Sequence[int] | None, say: Say
+) -> None:
+    from morph import exchange
+
+    for name, path in exports.items():
+        exchange.write(scores, path, name, keep=keep)
+        say(f"wrote {path} ({name})")
+
+
 def plan_command(
-    recipe: Recipe, scores: Path, out: Path, *, force: bool = False, say: Say = quiet
+    recipe: Recipe,
+    scores: Path,
+    out: Path,
+    *,
+    exports: Mapping[str, Path] | None = None,
+    force: bool = False,
+    say: Say = quiet,
 ) -> dict[str, Any]:
-    """Turn scores into plan.json; return what people want to know of it."""
+    """Turn scores, ours or another tool's, into plan.json; return what people want to know of it.
+
+    `exports` are further files by format; lists of layers hold those the plan keeps.
+    """
     source = open_source(recipe.model, recipe.family)
-    check_result(out, force, [source.path, scores, *recipe.data.text])
-    found = _select.read_scores(scores)
+    for path in (out, *(exports or {}).values()):
+        check_result(path, force, [source.path, scores, *recipe.data.text])
+    found = _select.read_scores(scores, source)
+    if note := found.provenance.get("note"):
+        say(f"note: {escape(note, 600)}")
     made, swaps = _select.make_plan(
         found,
         recipe.select,
@@ -135,11 +184,54 @@ def plan_command(
         corpus=_corpus(recipe, source),
         seed=recipe.seed,
         dtype=recipe.dtype,
+        work=out.parent,
         say=say,
     )
     write_result(out, planning.dumps(made))
     say(f"wrote {out}")
+    _export(found, exports or {}, list(made.full_layers), say)
     return {**describe(made), "swaps": swaps or None}
+
+
+def compare_command(
+    recipe: Recipe,
+    selectors: str | None,
+    budgets: str,
+    out: Path,
+    *,
+    seeds: int = 1,
+    max_sets: int = 4096,
+    with_swaps: bool = True,
+    force: bool = False,
+    say: Say = quiet,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Compare selectors on the recipe's model; write compare.json, the page and its pictures."""
+    from morph import comparison as comparing
+    from morph import report
+    from morph.pipeline import _compare
+
+    found = _compare.candidates(selectors)
+    wanted = [b.strip() for b in budgets.split(",") if b.strip()]
+    if not wanted:
+        raise UsageError("--budgets names none; give some, such as 1/8,1/4,1/2.")
+    _check_folder(out, [recipe.model], force, ("compare.json", "compare.html", "compare.md"))
+    out.mkdir(parents=True, exist_ok=True)
+    made = _compare.compare(
+        recipe,
+        found,
+        wanted,
+        seeds=range(seeds),
+        max_sets=max_sets,
+        with_swaps=with_swaps,
+        out=out,
+        say=say,
+        progress=progress,
+    )
+    write_result(out / "compare.json", comparing.dumps(made))
+    paths = report.comparison_report(out, made)
+    say(f"wrote {out / 'compare.json'}, {', '.join(map(str, paths[:2]))}")
+    return made
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -192,6 +284,14 @@ def dry_run(
         "calibration_tokens": recipe.select.examples * length,
         **_training_cost(recipe, source),
     }
+
+
+def score_estimate(recipe: Recipe) -> dict[str, Any]:
+    """Return what scoring would cost: passes, tokens, and, with text, minutes by a short probe."""
+    from morph.pipeline import _estimate
+
+    source = open_source(recipe.model, recipe.family)
+    return {**dry_run(recipe), **_estimate.estimate(recipe, source, _corpus(recipe, source))}
 
 
 def _training_cost(recipe: Recipe, source: Source) -> dict[str, int]:
@@ -262,14 +362,18 @@ def _check_target(target: str) -> None:
 
 
 def _chosen(recipe: Recipe, source: Source, say: Say) -> tuple[Scores, Plan, dict[str, Any]]:
+    from morph.pipeline import _score
+
     corpus = _corpus(recipe, source)
     refuse_nonfinite(source)
     model = source.model(recipe.dtype)
-    common = {"seed": recipe.seed, "model": model, "say": say}
-    found = _select.score(source, recipe.select, recipe.mixer, corpus, **common)
-    made, swaps = _select.make_plan(
-        found, recipe.select, recipe.mixer, source, corpus=corpus, **common
-    )
+    common: dict[str, Any] = {"seed": recipe.seed, "model": model, "say": say}
+    with tempfile.TemporaryDirectory(prefix="morph-") as scratch:  # mixers are aligned once
+        common["work"] = Path(scratch)
+        found = _score.score(source, recipe.select, recipe.mixer, corpus, **common)
+        made, swaps = _select.make_plan(
+            found, recipe.select, recipe.mixer, source, corpus=corpus, **common
+        )
     return found, made, swaps
 
 
@@ -408,7 +512,12 @@ def evaluate_command(
     return found
 
 
-def _check_folder(out: Path, inputs: Sequence[str], force: bool) -> None:
+def _check_folder(
+    out: Path,
+    inputs: Sequence[str],
+    force: bool,
+    names: Sequence[str] = ("evaluation.json", "report.html", "report.md"),
+) -> None:
     """Raise OutputExists where a folder for reports is a file, has one, or lies in an input."""
     if out.exists() and not out.is_dir():
         raise OutputExists(f"{out} is a file; --out names a folder here.")
@@ -416,7 +525,7 @@ def _check_folder(out: Path, inputs: Sequence[str], force: bool) -> None:
         here = given.resolve()
         if given.is_dir() and here in (out.resolve(), *out.resolve().parents):
             raise OutputExists(f"{out} is, or lies inside, the input {given}. Write elsewhere.")
-    for name in ("evaluation.json", "report.html", "report.md"):
+    for name in names:
         if (out / name).exists() and not force:
             raise OutputExists(
                 f"{out / name} exists. Give another --out, or --force to replace the report."

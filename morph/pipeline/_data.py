@@ -75,12 +75,19 @@ def _find(name: str, root: Path | None) -> Path:
 
 
 def calibration(
-    section: Select, found: Corpus, tokenizer: Any, seed: int, batch_size: int = 8
+    section: Select,
+    found: Corpus,
+    tokenizer: Any,
+    seed: int,
+    batch_size: int = 8,
+    *,
+    held_out: bool = False,
 ) -> list[Batch]:
     """Return the batches a selector scores on: questions with answers, or plain text.
 
-    `section.task` is a needle task, `name_recall`, or `text` (every token counts). Questions come
-    from the training part of the text. Raises DataError where the text or task does not suffice.
+    `section.task` is a needle task, `passkeys`, `name_recall`, or `text` (every token counts).
+    Questions come from the training part of the text, or from the one that is held out. Raises
+    DataError where the text or task does not suffice.
     """
     import torch
 
@@ -89,22 +96,29 @@ def calibration(
 
     if section.task == "text":
         texts = data.TextBatches(
-            found.train, batch_size, section.seq_len, seed, tokenizer.bos_token_id
+            found.held_out if held_out else found.train,
+            batch_size,
+            section.seq_len,
+            seed,
+            tokenizer.bos_token_id,
         )
         answers = torch.ones(batch_size, section.seq_len, dtype=torch.bool)
         answers[:, 0] = False
         count = -(-section.examples // batch_size)
         return [Batch(ids=texts.batch(i), answers=answers) for i in range(count)]
-    return batches_of(_examples(section, found, tokenizer, seed), section.seq_len, batch_size)
+    made = _examples(section, found, tokenizer, seed, held_out)
+    return batches_of(made, section.seq_len, batch_size)
 
 
-def _examples(section: Select, found: Corpus, tokenizer: Any, seed: int) -> list[Example]:
+def _examples(
+    section: Select, found: Corpus, tokenizer: Any, seed: int, held_out: bool
+) -> list[Example]:
     from morph import data
     from morph.errors import nearest
 
     if section.task == "name_recall":
         return data.name_recall_examples(
-            found.train_stories,
+            found.held_out_stories if held_out else found.train_stories,
             tokenizer,
             count=section.examples,
             seed=seed,
@@ -119,7 +133,7 @@ def _examples(section: Select, found: Corpus, tokenizer: Any, seed: int) -> list
     return data.needle_examples(
         section.task,
         tokenizer,
-        found.train,
+        found.held_out if held_out else found.train,
         length=section.seq_len,
         depths=[i / 7 for i in range(8)],
         count=section.examples,

@@ -40,6 +40,25 @@ def after_score(recipe: Recipe, out: Path, sets: Iterable[str] | None) -> Comman
     ]
 
 
+def after_compare(recipe: Recipe, found: Any, sets: Iterable[str] | None) -> Command:
+    """Return `score` with the selector of least mean regret."""
+    ranked = [e for e in found.entries if e.regret is not None]
+    rows: dict[str, list[float]] = {}
+    for entry in ranked:
+        rows.setdefault(entry.selector, []).append(entry.regret)
+    best = min(rows, key=lambda name: (sum(rows[name]) / len(rows[name]), name), default=None)
+    return [
+        *("score", recipe.model),
+        *flags(
+            selector=best,
+            granularity=recipe.select.granularity,
+            mixer=recipe.mixer.name,
+            data=recipe.data.text,
+            set=[x for x in sets or () if not x.startswith(("select.granularity", "mixer.name"))],
+        ),
+    ]
+
+
 def after_plan(recipe: Recipe, out: Path) -> Command:
     """Return `convert` into a new folder named after the model."""
     folder = f"{Path(recipe.model).name or 'model'}-hybrid"

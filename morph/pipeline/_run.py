@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from morph import __version__, checkpoint, strict
 from morph import plan as planning
 from morph.errors import OutputExists, UsageError
-from morph.pipeline import _convert, _data, _select
+from morph.pipeline import _convert, _data, _score, _select
 from morph.pipeline._source import Say, Source, open_source, quiet, write_result
 from morph.plan import Plan, Scores
 from morph.recipes import schema
@@ -169,16 +169,20 @@ def _scores(state: Run) -> Scores:
     if state.fresh("scores", inputs, file):
         return _select.read_scores(file)
     start, recipe = time.perf_counter(), state.recipe
-    found = _select.score(
+    partial = state.out / "scores.json.partial"
+    found = _score.score(
         state.source,
         recipe.select,
         recipe.mixer,
         state.corpus,
         seed=recipe.seed,
         model=state.model(),
+        memo=partial,
+        work=state.out,
         say=state.say,
     )
     write_result(file, planning.dumps(found))
+    partial.unlink(missing_ok=True)
     state.note("scores", inputs, start, forwards=found.provenance.get("forwards"))
     return found
 
@@ -196,6 +200,7 @@ def _plan(state: Run, scores: Scores) -> Plan:
         corpus=state.corpus,
         seed=recipe.seed,
         model=state.model(),
+        work=state.out,
         say=state.say,
     )
     write_result(file, planning.dumps(found))

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from morph import plan as planning
-from morph import registry, selection, strict
+from morph import registry, selection
 from morph.errors import MismatchError, PlanError, escape
 from morph.pipeline import _data
-from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
+from morph.pipeline._source import Say, Source, quiet
 from morph.plan import Budget, Plan, Scores
 from morph.recipes.schema import Mixer, Select
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from morph.surgery import Batch
 
 T = TypeVar("T")
 
@@ -50,73 +46,6 @@ def with_length(section: Select, mixer: Mixer, source: Source) -> Select:
     return replace(section, seq_len=min(max(512, 2 * int(window)), context))
 
 
-def score(
-    source: Source,
-    section: Select,
-    mixer: Mixer,
-    corpus: _data.Corpus | None,
-    *,
-    seed: int = 0,
-    model: nn.Module | None = None,
-    dtype: str = "float32",
-    say: Say = quiet,
-) -> Scores:
-    """Run a selector on a source model and return its Scores with provenance.
-
-    `corpus` may be None for selectors that look at no text. Raises UnknownName and PlanError for
-    names and options that do not exist, DataError where the text does not suffice.
-    """
-    from morph import surgery
-
-    refuse_hybrid(source, "score")
-    section = with_length(section, mixer, source)
-    kept_count(source, section)  # a limit that cannot be met is refused before anything runs
-    module = registry.load("selectors", section.selector)
-    options = _options(module, section, source)
-    batches: list[Batch] = []
-    tokenizer = None
-    if module.NEEDS != "weights":
-        if corpus is None:
-            raise PlanError(f"selector {section.selector!r} reads text; give --data FILE.")
-        tokenizer = source.tokenizer()
-        batches = _data.calibration(section, corpus, tokenizer, seed)
-    if model is None:
-        refuse_nonfinite(source)
-        model = source.model(dtype)
-    start, cpu = time.perf_counter(), time.process_time()
-    say(f"scoring with {section.selector} ({len(batches)} batches)")
-    with surgery.morphable(model, mixer.name, mixer.options, source.family) as probe:
-        found = module.score(probe, batches, options, granularity=section.granularity)
-        warning = _blind(probe, batches)
-    provenance: dict[str, Any] = {
-        **found.provenance,
-        "model": source.path.name,
-        "model_sha256": source.checkpoint.fingerprint,
-        "selector_options": strict.plain(options),
-        "task": section.task,
-        "examples": section.examples,
-        "seq_len": section.seq_len,
-        "data_sha256": _digest(batches),
-        "seed": seed,
-        "seconds": round(time.perf_counter() - start, 3),
-        "cpu_seconds": round(time.process_time() - cpu, 3),
-    }
-    if warning and module.NEEDS != "weights":
-        provenance["warning"] = warning
-        say(f"warning: {warning}")
-    return replace(found, provenance=provenance)
-
-
-def _options(module: Any, section: Select, source: Source) -> Any:
-    """Return the selector's Options; an empty `count` is what the budget keeps."""
-    options = strict.build(
-        module.Options, section.options, f"selector {section.selector}", PlanError
-    )
-    if getattr(options, "count", 0) is None:
-        options = replace(options, count=kept_count(source, section))
-    return options
-
-
 def kept_count(source: Source, section: Select) -> int:
     """Return how many units the budget keeps; raise PlanError where the model cannot meet it."""
     width = source.geometry.units(section.granularity)
@@ -130,25 +59,6 @@ def kept_count(source: Source, section: Select) -> int:
     return len(selection.choose_units(blank, budget_of(section), geometry=source.geometry))
 
 
-def _blind(probe: Any, batches: Sequence[Batch]) -> str:
-    """Say so when the cheap mixer equals full attention on all that was scored."""
-    longest = max((b.ids.shape[1] for b in batches), default=0)
-    if batches and probe.prefix >= longest:
-        return (
-            f"every example ({longest} tokens) fits in what {probe.mixer} sees exactly "
-            f"({probe.prefix} tokens): all scores are zero. Score on longer examples."
-        )
-    return ""
-
-
-def _digest(batches: Sequence[Batch]) -> str:
-    found = hashlib.sha256()
-    for batch in batches:
-        found.update(batch.ids.numpy().tobytes())
-        found.update(batch.answers.numpy().tobytes())
-    return found.hexdigest()
-
-
 def make_plan(
     scores: Scores,
     section: Select,
@@ -159,14 +69,16 @@ def make_plan(
     seed: int = 0,
     model: nn.Module | None = None,
     dtype: str = "float32",
+    work: Path | None = None,
     say: Say = quiet,
 ) -> tuple[Plan, dict[str, Any]]:
     """Return (plan, what the swap pass did) for scores under the budget of `section`.
 
     With a corpus, and unless `section.verify_swaps` is off, the chosen set is improved by single
-    swaps until none lowers the answer loss.
+    swaps until none lowers the answer loss. `work` is the folder that keeps aligned mixers.
     """
     from morph import surgery
+    from morph.pipeline import _align
 
     section = with_length(section, mixer, source)
     budget = budget_of(section)
@@ -183,7 +95,9 @@ def make_plan(
         width = source.geometry.units(scores.granularity)
         model = model if model is not None else source.model(dtype)
         say("verifying the choice by single swaps")
-        with surgery.morphable(model, mixer.name, mixer.options, source.family) as probe:
+        with _align.probing(
+            source, model, mixer, section, corpus, seed=seed, work=work, say=say
+        ) as probe:
             keep, report = _common.verify_and_swap(
                 probe,
                 batches,
@@ -192,6 +106,8 @@ def make_plan(
                 pinned=_pinned(budget.keep, width),
                 barred=_pinned(budget.replace, width),
                 min_full_per_layer=budget.min_full_per_layer,
+                promise=lambda kept: selection.swap_gain(scores, kept, source.geometry),
+                tries=section.swap_tries,
                 progress=say,
             )
     heads = tuple(range(source.geometry.num_attention_heads))
@@ -213,6 +129,7 @@ def _mismatches(scores: Scores, mixer: Mixer, count: int) -> list[str]:
     found, how = [], scores.provenance
     chosen = how.get("selector_options", {})
     placed = chosen.get("count") if chosen.get("mode", "greedy") == "greedy" else None
+    placed = how.get("placed", placed)
     if placed not in (None, count):
         found.append(f"{scores.selector} placed {placed} units, the budget keeps {count}.")
     if scores.selector not in ("uniform", "random") and "mixer" in how:
@@ -281,9 +198,16 @@ def read_plan(path: str | Path) -> Plan:
     return _loaded(planning.loads_plan, path)
 
 
-def read_scores(path: str | Path) -> Scores:
-    """Read a scores.json; raise PlanError naming what is wrong in it."""
-    return _loaded(planning.loads_scores, path)
+def read_scores(path: str | Path, source: Source | None = None) -> Scores:
+    """Read a scores.json, or, for a `source`, a file of another tool; see `exchange`.
+
+    Raises PlanError naming what is wrong in it.
+    """
+    if source is None:
+        return _loaded(planning.loads_scores, path)
+    from morph import exchange
+
+    return exchange.read(path, source.geometry, source.family.model_type)
 
 
 def _loaded(loads: Callable[[str, str], T], path: str | Path) -> T:

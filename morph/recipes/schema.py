@@ -40,7 +40,9 @@ class Data:
 class Select:
     """Which layers or heads keep full attention, and who decides.
 
-    `seq_len` None is 512 tokens, or twice the mixer's window where that is more.
+    `seq_len` None is 512 tokens, or twice the mixer's window where that is more. `align` are the
+    tokens on which mixers with parameters are aligned before anything is measured (0: not at all).
+    `swap_tries` bounds the swaps that one round of the swap pass measures.
     """
 
     selector: str = "nll"
@@ -50,6 +52,8 @@ class Select:
     replace: tuple[Unit, ...] = ()
     min_full_per_layer: int = 0
     verify_swaps: bool = True
+    swap_tries: int = 64
+    align: int = 128_000
     examples: int = 16
     seq_len: int | None = None
     task: str = "multikey"
@@ -318,7 +322,14 @@ def _pins(units: Sequence[Unit], where: str) -> None:
 # Fields by the range they must lie in; the values are seen by a person, so the bounds are text
 _SHARES = {"held_out", "warmup_fraction", "min_lr_fraction", "needles"}
 _POSITIVE = {"lr", "gate_lr", "clip", "temperature"}
-_FROM_ZERO = {"seed", "weight_decay", "min_full_per_layer", "perplexity_tokens", "decode_tokens"}
+_FROM_ZERO = {
+    "seed",
+    "weight_decay",
+    "min_full_per_layer",
+    "align",
+    "perplexity_tokens",
+    "decode_tokens",
+}
 
 
 def _ranges(recipe: Recipe) -> None:

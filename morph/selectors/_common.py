@@ -75,7 +75,8 @@ def scores(
             "mixer_options": dict(morphable.options),
             "forwards": round(morphable.forwards, 3),
             "backwards": round(morphable.backwards, 3),
-            "tokens": morphable.tokens,
+            "tokens": round(morphable.tokens),
+            "backward_tokens": round(morphable.backward_tokens),
             **provenance,
         },
     )

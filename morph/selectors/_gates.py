@@ -1,4 +1,4 @@
-"""Gates that are trained: the loop that flashmorph, consa and duo share, resumable and NaN-proof."""
+"""The loop that trains gates: shared by flashmorph, consa and duo, resumable, stops at NaN."""
 
 from __future__ import annotations
 

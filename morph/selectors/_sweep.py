@@ -187,17 +187,17 @@ def verify_and_swap(
     barred: Iterable[Unit] = (),
     min_full_per_layer: int = 0,
     max_rounds: int = 8,
-    promise: Callable[[Unit, Unit], float] | None = None,
+    promise: Callable[[Iterable[Unit]], Callable[[Unit, Unit], float]] | None = None,
     tries: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[tuple[Unit, ...], dict[str, Any]]:
     """Improve a kept set by single swaps until none lowers the answer NLL; forward passes only.
 
     Every round tries kept units against replaced ones and takes the best swap: all pairs, or, with
-    `tries`, the so many for which `promise(out, in)` is highest. `pinned` units stay kept, `barred`
-    ones stay replaced, and no layer falls below `min_full_per_layer` kept units. Returns the set
-    and what it took: NLL before and after, swaps taken, sets tried. It repairs rankings that miss
-    chains and redundant layers.
+    `tries`, the so many for which `promise(kept)(out, in)` is highest. `pinned` units stay kept,
+    `barred` ones stay replaced, and no layer falls below `min_full_per_layer` kept units. Returns
+    the set and what it took: NLL before and after, swaps taken, sets tried. It repairs rankings
+    that miss chains and redundant layers.
     """
     start = time.perf_counter()
     width = morphable.geometry.units(granularity)
@@ -208,7 +208,8 @@ def verify_and_swap(
     first = best = sweep.base
     tried = 1
     for _ in range(max_rounds):
-        swaps = _swaps(kept, fixed, pool, min_full_per_layer, promise, tries)
+        ranked = promise(kept) if promise is not None else None
+        swaps = _swaps(kept, fixed, pool, min_full_per_layer, ranked, tries)
         if not swaps:
             break
         values = sweep.means([kept - {a} | {b} for a, b in swaps])

@@ -12,11 +12,11 @@ forward), steps (200), lr (0.1), warmup (share of the steps over which the targe
 start (5.0), batch_size (4), train (masks, or weights: the model's weights learn beside the masks at
 weight_lr and are put back bit for bit), weight_lr (1e-5), seed.
 Known limits: only trustworthy where the constraint was met and the masks are polarised; it warns
-where not (more steps or a larger lr help). The order within the kept and within the dropped is weak.
+where not (more steps or a larger lr help). The order within the kept, and the dropped, is weak.
 Reference: ConSA, arXiv 2606.18056, whose mathematics are those of PruLong (MIT code, read);
-hard concrete after Louizos et al., arXiv 1712.01312. Deviations: the loss is that of the answers and
-weights stay as they are by default (the paper trains both on plain text for a billion tokens); the
-budget's exact count is taken by rank, where the paper cuts log alpha at 0.
+hard concrete after Louizos et al., arXiv 1712.01312. Deviations: the loss is that of the answers
+and weights stay as they are by default (the paper trains both on plain text for a billion tokens);
+the budget's exact count is taken by rank, where the paper cuts log alpha at 0.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from morph.surgery import Batch, Morphable, answer_losses
 
 NEEDS = "backward"
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # temperature and stretch of the hard concrete
+EXAMPLE = {"steps": 6}
 SHIFT = -BETA * math.log(-LOW / HIGH)  # 1.5986: P(z != 0) = sigmoid(log_alpha + SHIFT)
 MISSED, GREY = 0.05, 0.1
 

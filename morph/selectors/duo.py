@@ -11,8 +11,9 @@ Known limits: gates are amplitudes, so heads that back each other up share the l
 are not bimodal, so never cut them at 0.5: a budget takes the highest, whatever their size.
 Reference: DuoAttention, arXiv 2410.10819, and its code. The full branch is the source's own stream,
 computed once without gradient, as there. Deviations: the cheap side is the mixer that was chosen
-(the paper's is `--mixer sliding --set mixer.num_sinks=128 --set mixer.window=256`); no random noise
-breaks ties; layers and query heads may be gated as well. The paper's data is `select.task=passkeys`.
+(the paper's is `--mixer sliding --set mixer.num_sinks=128 --set mixer.window=256`); no random
+noise breaks ties; layers and query heads may be gated too. The paper's data is
+`select.task=passkeys`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from morph.selectors import _common, _gates
 from morph.surgery import Batch, Morphable
 
 NEEDS = "backward"
+EXAMPLE = {"steps": 6}
 
 
 @dataclass(frozen=True, kw_only=True)

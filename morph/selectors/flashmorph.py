@@ -1,7 +1,7 @@
 """Joint soft gates on every layer, trained to match the source on answers while gates are taxed.
 
-What it measures: each unit mixes full and cheap outputs by a gate that starts at 1. A tax on the sum
-of gates pushes them down; units that the answers need hold theirs up. The gate is the score.
+What it measures: each unit mixes full and cheap outputs by a gate that starts at 1. A tax on the
+sum of gates pushes them down; units that the answers need hold theirs up. The gate is the score.
 Why it works: all units are judged together, in one run, on the tokens that need far recall.
 Cost: `steps` times a source forward, a mixed forward and the way back through it, on `batch_size`
 examples each: 200 x 4 examples by default, about 160 passes over 16 examples.
@@ -12,9 +12,10 @@ the load and a sharp reader downstream makes do with a quarter of its input, so 
 verify-and-swap pass. On `residual` and `mixer_out` layers that do nothing for the answer look as
 needed as those that do. Warns where the gates hardly differ.
 Reference: FlashMorph, arXiv 2606.30562, eq. 9-13, known here from notes on it. Deviations: the
-default compares logits by KL (the paper compares hidden states, `residual`); errors are relative to
-the source's energy in each layer (`scale=sum` is the paper's sum); gates are clamped to [0, 1] after
-every step; Adam and the length of the run are ours. The paper's data is `select.task=passkeys`.
+default compares logits by KL (the paper compares hidden states, `residual`); errors are relative
+to the source's energy in each layer (`scale=sum` is the paper's sum); gates are clamped to [0, 1]
+after every step; Adam and the length of the run are ours. The paper's data is
+`select.task=passkeys`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from morph.selectors import _common, _gates
 from morph.surgery import Batch, Morphable, Run
 
 NEEDS = "backward"
+EXAMPLE = {"steps": 6}  # options under which the laws of the tests run it
 FLAT = 0.05  # gates that differ by less than this rank nothing
 
 
@@ -99,8 +101,8 @@ def score(
     if told["gate_spread"] < FLAT:
         told["warning"] = (
             f"the gates differ by only {told['gate_spread']:.3f}: their order means little. Change "
-            f"--set selector.weight (now {options.weight}) by a factor of ten, down where all gates "
-            "fell to 0 and up where all stayed at 1."
+            f"--set selector.weight (now {options.weight}) by a factor of ten, down where all "
+            "gates fell to 0 and up where all stayed at 1."
         )
     values = _common.as_values(morphable, gates)
     return _common.scores(morphable, "flashmorph", granularity, values, "gate", told)

@@ -1,22 +1,24 @@
 """LightTransfer's lazy ratio: how little of a layer's attention goes beyond sinks and the window.
 
 What it measures: the attention mass that the last queries put on the first `w_sink` tokens and on
-their last `w_recent` ones, averaged over queries, heads and examples. The score is 1 minus this.
+the `w_recent` ones before them, averaged over queries, heads and examples. The score is 1 minus it.
 Why it works: a layer whose attention stays on sinks and recent tokens loses little when it can see
 no others.
 Cost: one forward, no gradients; the mass comes from two log-sum-exps over the keys of the last
 queries, so that there is no attention matrix.
-Options: w_sink (4 tokens), w_recent (the mixer's window where it has one, else 1024), w_last (32
-queries at the end of each example), mode: `ratio` averages the ratio; `votes` marks the lazier half
-of the units in every example, and the share of examples that mark a unit is its laziness.
-Known limits: it observes and does not intervene: what is attended may not matter, and redundant
-layers all look busy. The w_last block should hold the question; its other tokens dilute the ratio.
-SWAA found the ranking unstable across model families. Where everything fits in sinks and window,
-every score is zero.
+Options: w_sink (4 tokens), w_recent (the mixer's window where it has one, else 1024), w_last (32:
+at most so many queries of an example, the last that predict an answer token), mode: `ratio`
+averages the ratio; `votes` marks the lazier half of the units in every example, and the share of
+examples that mark a unit is its laziness.
+Known limits: it observes and does not intervene: what is attended may not matter, layers that look
+everywhere at random look busy, and so do all redundant ones. SWAA found the ranking unstable across
+model families. Where everything fits in sinks and window, every score is zero.
 Reference: LightTransfer, arXiv 2410.13846, by the code of SWAA, arXiv 2512.10411 (500 examples,
-w_sink 4, w_recent 1024, w_last 32, votes). Deviations: `recent` are the tokens before each query;
-the official code takes the last w_recent keys of the sequence for all queries and leaves later keys
-in the numerator, which inflates the ratio of the earlier queries of the block a little. w_recent
+w_sink 4, w_recent 1024, w_last 32, votes). Deviations: the queries are those that predict answer
+tokens (official: the last of the sequence whatever they are; on plain text both are the same); in
+short questions the other tokens drown the answer's. `recent` are the tokens before each query; the
+official code takes the last w_recent keys of the sequence for all queries and leaves later keys in
+the numerator, which inflates the ratio of the earlier queries of the block a little. w_recent
 follows the mixer, so that the mass counted as lost is what the mixer will lose. Equal votes are
 ordered by the ratio (official: by layer). A KV head or layer takes the mean over its heads.
 """
@@ -56,9 +58,7 @@ class Options:
                 raise PlanError(f"selector lazy: {name} is {value}; give {least} or more.")
 
 
-def cost(
-    shape: Geometry, options: Options, granularity: Granularity, examples: int
-) -> _common.Cost:
+def cost(shape: Geometry, options: Options, granularity: Granularity) -> _common.Cost:
     """One look at every example."""
     return _common.Cost(forwards=1.0)
 
@@ -70,7 +70,10 @@ def score(
     *,
     granularity: Granularity = "layer",
 ) -> Scores:
-    """Return 1 - lazy ratio for every unit, or 1 - the share of votes. PlanError without batches."""
+    """Return 1 - lazy ratio, or 1 - the share of votes, of every unit.
+
+    Raises PlanError without batches.
+    """
     _common.need_batches(batches, "lazy")
     recent = options.w_recent or int(morphable.options.get("window") or RECENT)
     width = morphable.geometry.units(granularity)
@@ -99,17 +102,17 @@ def votes(ratios: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _of_batch(morphable: Morphable, batch: Batch, options: Options, recent: int) -> torch.Tensor:
-    """Return the lazy ratio `[B, candidates, H]` of every example; one forward."""
+    """Return the lazy ratio `[B, candidates, H]` of the examples with answers; one forward."""
     found: dict[int, torch.Tensor] = {}
-    rows, tokens = batch.ids.shape
-    at = torch.arange(max(tokens - options.w_last, 0), tokens, device=batch.ids.device)
+    marks = [(n, row.nonzero()[-options.w_last :, 0] - 1) for n, row in enumerate(batch.answers)]
+    asking = [(n, at) for n, at in marks if len(at)]
 
     def probe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         shape = _attention.shape_of(morphable, layer)
         found[layer] = torch.stack(
             [
                 lazy_ratio(q[row, at], k[row], shape, at, options.w_sink, recent).double().mean(0)
-                for row in range(rows)
+                for row, at in asking
             ]
         )
 

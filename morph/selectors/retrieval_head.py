@@ -42,9 +42,7 @@ class Options:
     """The retrieval_head selector has no options."""
 
 
-def cost(
-    shape: Geometry, options: Options, granularity: Granularity, examples: int
-) -> _common.Cost:
+def cost(shape: Geometry, options: Options, granularity: Granularity) -> _common.Cost:
     """One look at every example."""
     return _common.Cost(forwards=1.0)
 

@@ -34,7 +34,7 @@ class Memo:
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}.") from error
         lines = text.split("\n")
-        if not self._parsed(lines[0]).get("digest") == self.digest:
+        if self._parsed(lines[0]).get("digest") != self.digest:
             path.unlink(missing_ok=True)
             return
         self._cut = bool(lines[-1])

@@ -1,4 +1,4 @@
-"""What a layer of the morphable model can do instead of its own attention, and the switch for it."""
+"""What a layer of the morphable model can do instead of its own attention: modes and switch."""
 
 from __future__ import annotations
 

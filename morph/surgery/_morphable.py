@@ -86,7 +86,8 @@ class Morphable:
         self.candidates = self.geometry.candidates
         self.layer_evaluations = 0.0
         self.backwards = 0.0
-        self.tokens = 0
+        self.tokens = self.backward_tokens = 0.0
+        self._latest = 0
         self.memo = Memo()
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.streaming = False
@@ -190,7 +191,7 @@ class Morphable:
                 switch.probe = None
             for handle in handles:
                 handle.remove()
-        self.count(self.geometry.num_hidden_layers, batch.ids.numel())
+        self.count(self.geometry.num_hidden_layers, batch)
         hidden = out.last_hidden_state
         final = predicting(hidden, batch.answers)
         return Run(logits=self.head(final), final_hidden=final, hidden=hidden, **kept)
@@ -256,6 +257,7 @@ class Morphable:
         """
         refuse_streaming(self, "this score")
         self.backwards += 1
+        self.backward_tokens += self._latest
         found = torch.autograd.grad(loss, list(inputs), retain_graph=again, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found))
 
@@ -288,10 +290,11 @@ class Morphable:
 
     # --- what it costs ---------------------------------------------------------------------------
 
-    def count(self, layers: float, tokens: int) -> None:
-        """Add layer evaluations (of one whole batch each) and tokens to the bill."""
+    def count(self, layers: float, batch: Batch) -> None:
+        """Add evaluations of so many layers on one whole batch to the bill."""
+        self._latest = batch.ids.numel()
         self.layer_evaluations += layers
-        self.tokens += tokens
+        self.tokens += layers * self._latest / self.geometry.num_hidden_layers
 
     @contextmanager
     def skipped_layers(self, skip: bool) -> Iterator[None]:

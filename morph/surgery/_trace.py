@@ -74,7 +74,7 @@ class Trace:
         finally:
             for switch in m.switches.values():
                 switch.prime = None
-        m.count(len(m.base_layers) * (1 - self.share), 0)
+        m.count(len(m.base_layers) * (1 - self.share), self.batch)
         cache = FrozenCache(layers=past.layers)
         return {
             "past_key_values": cache,
@@ -108,7 +108,7 @@ class Trace:
         finally:
             for handle in handles:
                 handle.remove()
-        m.count(0 if m.streaming else len(m.base_layers) * self.share, self.batch.ids.numel())
+        m.count(0 if m.streaming else len(m.base_layers) * self.share, self.batch)
         return outputs[0]
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ class Trace:
             for i in range(start, len(m.base_layers)):
                 stack[i] = hidden
                 hidden = _tensor(m.base_layers[i](hidden, **self.calls[i]["kwargs"]))
-        m.count((len(m.base_layers) - start) * self.share, 0)
+        m.count((len(m.base_layers) - start) * self.share, self.batch)
         return hidden
 
     def _pass(self, i: int, waiting: list[Alike], assigned: Sequence[Mapping[int, Mode]]) -> None:
@@ -193,7 +193,7 @@ class Trace:
                 with m.assigned({i: modes[i]} if i in modes else {}):
                     out = m.base_layers[i](hidden, **self.calls[i]["kwargs"])
                 ahead.append((_tensor(out), alike))
-                m.count(self.share, 0)
+                m.count(self.share, self.batch)
         waiting.extend(ahead)
 
     def losses(self, changes: Mapping[int, Mode] | None = None) -> torch.Tensor:

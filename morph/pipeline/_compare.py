@@ -1,0 +1,427 @@
+"""Selectors beside each other on one model: what each chose, what that costs, and the regret.
+
+Every selector scores the same examples; what it chose at a budget is judged by the answer loss of
+the hybrid, beside the best set: found by trying every set of that size where there are few enough,
+else the best that any selector or the swaps on it found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morph import comparison as comparing
+from morph import registry, selection
+from morph.comparison import Best, Comparison, Entry
+from morph.errors import MorphError, PlanError, UsageError
+from morph.pipeline import _align, _data, _score, _select
+from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
+from morph.plan import Granularity, Scores
+from morph.recipes.schema import Recipe, Select
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from morph.surgery import Batch, Morphable
+
+Unit = tuple[int, int]
+Set = tuple[Unit, ...]
+SEEDS = {"random": 5}  # the control needs several
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One selector with its options, as it is named in the table."""
+
+    selector: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name and the options that differ from the defaults."""
+        told = " ".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.selector} {told}".strip()
+
+
+def candidates(text: str | None) -> list[Candidate]:
+    """Return the selectors that `nll,kl:mode=remove:bootstrap=0` names; None: all there are.
+
+    Raises UsageError and UnknownName.
+    """
+    import yaml
+
+    if text is None:
+        return [Candidate(selector=name) for name in registry.names("selectors")]
+    found = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, *settings = part.split(":")
+        options = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise UsageError(f"--selectors {part!r}: options are key=value, parted by colons.")
+            options[key] = yaml.safe_load(value)
+        if "." not in name:
+            registry.path("selectors", name)
+        found.append(Candidate(selector=name, options=options))
+    if not found:
+        raise UsageError("--selectors names none; give some, such as nll,fisher,uniform.")
+    return found
+
+
+@dataclass(kw_only=True)
+class Judge:
+    """Measures sets on the selection examples and on held-out ones, once each."""
+
+    probe: Morphable
+    granularity: Granularity
+    chosen_on: Sequence[Batch]
+    held_out: Sequence[Batch]
+    known: dict[str, dict[Set, float]] = field(default_factory=dict)
+
+    def losses(self, sets: Sequence[Set], measure: str = "nll", held_out: bool = False) -> list:
+        """Return the mean over answer tokens for every set."""
+        from morph.selectors._sweep import Sweep
+
+        known = self.known.setdefault(f"{measure} {held_out}", {})
+        new = sorted({s for s in sets if s not in known})
+        if new:
+            batches = self.held_out if held_out else self.chosen_on
+            sweep = Sweep(self.probe, batches, [], self.granularity, measure)
+            known.update(zip(new, sweep.means(new)))
+        return [known[s] for s in sets]
+
+    def row(self, kept: Set) -> dict[str, float]:
+        """Return loss, held-out loss and recall of one set."""
+        return {
+            "loss": self.losses([kept])[0],
+            "held_out_loss": self.losses([kept], held_out=True)[0],
+            "recall": 1 - self.losses([kept], "wrong", held_out=True)[0],
+        }
+
+
+@dataclass(kw_only=True)
+class Comparing:
+    """One comparison on its way: the parts, and where its partial results are kept."""
+
+    recipe: Recipe
+    source: Source
+    corpus: _data.Corpus
+    budgets: tuple[str, ...]
+    max_sets: int
+    seeds: tuple[int, ...]
+    out: Path | None
+    say: Say
+    progress: Callable[[int, int], None]
+    notes: list[str] = field(default_factory=list)
+    memos: list[Any] = field(default_factory=list)
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.recipe.select.granularity
+
+    @contextmanager
+    def remembering(self, probe: Morphable, name: str, facts: Any) -> Iterator[None]:
+        """Keep what is measured in a file of its own, and start the bill at zero."""
+        from morph.surgery import Memo
+
+        path = None
+        if self.out is not None:
+            key = hashlib.sha256(name.encode()).hexdigest()[:8]
+            path = self.out / f".memo-{key}.jsonl"
+        before = probe.memo, probe.tokens, probe.backward_tokens
+        probe.memo = Memo(path, _score.digest(facts))
+        self.memos.append(probe.memo)
+        probe.tokens = probe.backward_tokens = 0
+        try:
+            yield
+        finally:
+            probe.memo, probe.tokens, probe.backward_tokens = before
+
+    def kept(self, scores: Scores, section: Select) -> Set:
+        """Return the units that scores keep under the section's budget."""
+        budget = _select.budget_of(section)
+        return selection.choose_units(scores, budget, geometry=self.source.geometry)
+
+
+def compare(
+    recipe: Recipe,
+    found: Sequence[Candidate],
+    budgets: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    max_sets: int = 4096,
+    with_swaps: bool = True,
+    out: Path | None = None,
+    model: nn.Module | None = None,
+    source: Source | None = None,
+    say: Say = quiet,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Return the regret table of a model; see the module.
+
+    `seeds` go to selectors that draw (random always gets five); `max_sets` bounds the exhaustive
+    search of one budget. `out` is the folder in which partial results and aligned mixers wait.
+    Raises PlanError where a budget cannot be met, and DataError where the text does not suffice.
+    """
+    from morph.pipeline._source import open_source
+
+    source = source or open_source(recipe.model, recipe.family)
+    refuse_hybrid(source, "compare")
+    section = _select.with_length(recipe.select, recipe.mixer, source)
+    recipe = replace(recipe, select=section)
+    for budget in budgets:
+        _select.kept_count(source, replace(section, budget=budget))
+    corpus = _data.corpus(recipe.data, source.tokenizer())
+    if model is None:
+        refuse_nonfinite(source)
+        model = source.model(recipe.dtype)
+    run = Comparing(
+        recipe=recipe,
+        source=source,
+        corpus=corpus,
+        budgets=tuple(budgets),
+        max_sets=max_sets,
+        seeds=tuple(seeds),
+        out=out,
+        say=say,
+        progress=progress or (lambda done, total: None),
+    )
+    with _align.probing(
+        source, model, recipe.mixer, section, corpus, seed=recipe.seed, work=out, say=say
+    ) as probe:
+        probe.progress = run.progress
+        made = _compare(run, probe, found, with_swaps)
+    for memo in run.memos:
+        memo.clear()
+    return made
+
+
+def _compare(
+    run: Comparing, probe: Morphable, found: Sequence[Candidate], with_swaps: bool
+) -> Comparison:
+    recipe, section = run.recipe, run.recipe.select
+    tokenizer = run.source.tokenizer()
+    batches = _data.calibration(section, run.corpus, tokenizer, recipe.seed)
+    held_out = _data.calibration(section, run.corpus, tokenizer, recipe.seed + 1, held_out=True)
+    judge = Judge(probe=probe, granularity=run.granularity, chosen_on=batches, held_out=held_out)
+    run.notes += _score.warnings_of(probe, batches, section)
+    facts = [run.source.checkpoint.fingerprint, _score.data_digest(batches), recipe.mixer]
+    facts += [run.granularity, _score.data_digest(held_out), section.align]
+    entries: list[Entry] = []
+    values: dict[str, list[float]] = {}
+    for candidate in found:
+        entries += _candidate(run, probe, judge, candidate, batches, facts, values, with_swaps)
+    with run.remembering(probe, "best", facts):
+        best = [_best(run, judge, budget, entries) for budget in run.budgets]
+        ends = [judge.row(tuple((i, u) for i, u in s)) for s in (_all(probe, run.granularity), ())]
+        entries = [_judged(e, best, entries, judge) for e in entries]
+    names = ("loss", "held_out_loss", "recall")
+    told = {f"source_{n}": ends[0][n] for n in names} | {f"cheap_{n}": ends[1][n] for n in names}
+    return Comparison(
+        model=run.source.path.name,
+        model_sha256=run.source.checkpoint.fingerprint,
+        mixer=recipe.mixer.name,
+        mixer_options=dict(probe.options),
+        granularity=run.granularity,
+        budgets=run.budgets,
+        task=section.task,
+        examples=section.examples,
+        seq_len=section.seq_len or 0,
+        seeds=run.seeds,
+        best=tuple(best),
+        entries=tuple(entries),
+        agreement={
+            a: {b: comparing.spearman(values[a], values[b]) for b in values} for a in values
+        },
+        default=_default(entries),
+        notes=tuple(run.notes),
+        versions=_versions(),
+        **told,
+    )
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from morph import __version__
+
+    return {
+        "morph": __version__, "torch": torch.__version__, "transformers": transformers.__version__
+    }  # fmt: skip
+
+
+def _default(entries: Iterable[Entry]) -> str | None:
+    name = Select().selector
+    labels = {e.label for e in entries}
+    return next((x for x in (f"{name} + swaps", name) if x in labels), None)
+
+
+def _all(probe: Morphable, granularity: Granularity) -> list[Unit]:
+    from morph.selectors import _common
+
+    return _common.units(probe, granularity)
+
+
+def _candidate(
+    run: Comparing,
+    probe: Morphable,
+    judge: Judge,
+    candidate: Candidate,
+    batches: Sequence[Batch],
+    facts: list[Any],
+    values: dict[str, list[float]],
+    with_swaps: bool,
+) -> list[Entry]:
+    """Return the entries of one selector at every budget and seed, with and without swaps."""
+    module = registry.load("selectors", candidate.selector)
+    section = replace(
+        run.recipe.select, selector=candidate.selector, options=dict(candidate.options)
+    )
+    draws = "seed" in module.Options.__dataclass_fields__ and "seed" not in candidate.options
+    seeds: Sequence[int | None] = (None,)
+    if draws:
+        seeds = range(SEEDS[candidate.selector]) if candidate.selector in SEEDS else run.seeds
+    entries: list[Entry] = []
+    run.say(f"{candidate.label} ...")
+    for seed in seeds:
+        label = candidate.label + (f" (seed {seed})" if seed is not None and len(seeds) > 1 else "")
+        once: tuple[Scores, dict[str, float]] | None = None
+        for budget in run.budgets:
+            given = replace(section, budget=budget)
+            if seed is not None:
+                given = replace(given, options={**given.options, "seed": seed})
+            try:
+                options = _score.options_of(module, given, run.source)
+                counts = "count" in module.Options.__dataclass_fields__
+                if once is None or counts:
+                    used = batches if module.NEEDS != "weights" else []
+                    with run.remembering(probe, f"{label} {budget}", [*facts, options]):
+                        once = _scored(probe, module, used, options, run.granularity)
+            except MorphError as error:
+                run.notes.append(f"{label}: {error}")
+                run.say(f"{label}: left out: {error}")
+                return entries
+            scores, bill = once
+            if budget == run.budgets[0] and seed in (None, seeds[0]):
+                flat = [scores.values[i][u] for i, u in _all(probe, run.granularity)]
+                values[candidate.label] = flat
+            kept = run.kept(scores, given)
+            warning = str(scores.provenance.get("warning", ""))
+            entry = Entry(
+                selector=candidate.selector, label=label, budget=budget, kept=kept, loss=0.0,
+                note=warning, **bill,
+            )  # fmt: skip
+            entries.append(entry)
+            if with_swaps and module.NEEDS != "weights":
+                with run.remembering(probe, f"{label} {budget} swaps", facts):
+                    entries.append(_swapped(run, probe, entry, scores, batches, label))
+    return entries
+
+
+def _scored(
+    probe: Morphable,
+    module: Any,
+    batches: Sequence[Batch],
+    options: Any,
+    granularity: Granularity,
+) -> tuple[Scores, dict[str, float]]:
+    cpu, tokens = time.process_time(), sum(b.ids.numel() for b in batches) or 1
+    scores = module.score(probe, batches, options, granularity=granularity)
+    return scores, {
+        "forwards": probe.tokens / tokens,
+        "backwards": probe.backward_tokens / tokens,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def _swapped(
+    run: Comparing,
+    probe: Morphable,
+    entry: Entry,
+    scores: Scores,
+    batches: Sequence[Batch],
+    label: str,
+) -> Entry:
+    """Return the entry after the swap pass, which is charged to it."""
+    from morph.selectors import _common
+
+    cpu = time.process_time()
+    kept, report = _common.verify_and_swap(
+        probe,
+        batches,
+        entry.kept,
+        run.granularity,
+        promise=lambda kept: selection.swap_gain(scores, kept, run.source.geometry),
+        tries=run.recipe.select.swap_tries,
+    )
+    name, paren, rest = label.partition(" (seed")
+    return replace(
+        entry,
+        label=f"{name} + swaps{paren}{rest}",
+        kept=kept,
+        swaps=len(report["swaps"]),
+        forwards=entry.forwards + probe.tokens / sum(b.ids.numel() for b in batches),
+        cpu_seconds=entry.cpu_seconds + time.process_time() - cpu,
+    )
+
+
+def _best(run: Comparing, judge: Judge, budget: str, entries: Sequence[Entry]) -> Best:
+    """Return the set of lowest loss of a budget's size: of all, or of those that were found."""
+    from morph.selectors import _common
+
+    probe = judge.probe
+    units = _all(probe, run.granularity)
+    count = _select.kept_count(run.source, replace(run.recipe.select, budget=budget))
+    found = sorted({e.kept for e in entries if e.budget == budget})
+    total = math.comb(len(units), count)
+    spent = probe.tokens
+    if total <= run.max_sets:
+        run.say(f"budget {budget}: trying all {total:,} sets of {count}")
+        sets = list(itertools.combinations(units, count))
+    else:
+        if not found:
+            raise PlanError(f"budget {budget}: no selector chose a set to compare.")
+        losses = judge.losses(found)
+        start = min(zip(losses, found))[1]
+        run.say(f"budget {budget}: improving the best of {len(found)} sets found by swaps")
+        better, _ = _common.verify_and_swap(
+            probe, judge.chosen_on, start, run.granularity, tries=run.recipe.select.swap_tries * 4
+        )
+        sets = [*found, better]
+    losses = judge.losses(sets)
+    spent = probe.tokens - spent
+    kept = min(zip(losses, sets))[1]
+    return Best(
+        budget=budget,
+        kept=kept,
+        sets_tried=len(sets),
+        exhaustive=total <= run.max_sets,
+        forwards=spent / sum(b.ids.numel() for b in judge.chosen_on),
+        **judge.row(kept),
+    )
+
+
+def _judged(entry: Entry, best: Sequence[Best], entries: Sequence[Entry], judge: Judge) -> Entry:
+    """Return the entry with losses, recall and regrets filled in.
+
+    Held-out regret is against the best held-out loss of any set that was chosen at that budget.
+    """
+    at = next(b for b in best if b.budget == entry.budget)
+    near = [at.kept, *(e.kept for e in entries if e.budget == entry.budget)]
+    floor = min(judge.losses(near, held_out=True))
+    row = judge.row(entry.kept)
+    return replace(
+        entry,
+        regret=max(0.0, row["loss"] - at.loss),
+        held_out_regret=row["held_out_loss"] - floor,
+        **row,
+    )
