@@ -44,7 +44,7 @@ def fingerprint(model):
 
 
 def options_of(module, count=1):
-    """Return the options under which the laws run a selector; counts as the budget fills them in."""
+    """Return the options under which the laws run a selector, counts filled in by the budget."""
     options = strict.build(module.Options, getattr(module, "EXAMPLE", {}))
     if getattr(options, "count", 0) is None:
         options = replace(options, count=count)

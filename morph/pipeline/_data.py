@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from morph import strict
 from morph.errors import DataError, UsageError
 from morph.recipes.schema import Data, Select
 
@@ -124,8 +125,19 @@ def _examples(
             seed=seed,
             max_length=section.seq_len,
         )
+    if section.task == "passkeys":
+        return data.passkey_examples(
+            tokenizer,
+            found.held_out if held_out else found.train,
+            length=section.seq_len,
+            count=section.examples,
+            seed=seed,
+            options=strict.build(
+                data.Passkeys, section.task_options, "select.task_options", DataError
+            ),
+        )
     if section.task not in data.NEEDLE_TASKS:
-        allowed = [*data.NEEDLE_TASKS, "name_recall", "text"]
+        allowed = [*data.NEEDLE_TASKS, "passkeys", "name_recall", "text"]
         raise DataError(
             f"select.task {section.task!r} is unknown.{nearest(section.task, allowed)} "
             f"There are: {', '.join(allowed)}."
@@ -150,18 +162,21 @@ def batches_of(examples: list[Example], seq_len: int, batch_size: int) -> list[B
 
     from morph.surgery import Batch
 
-    by_length: dict[int, list[tuple[list[int], int]]] = {}
+    by_length: dict[int, list[tuple[list[int], list[tuple[int, int]]]]] = {}
     for example in examples:
         ids = list(example.ids)[-seq_len:]
-        answer = len(example.ids) - example.answer_start
-        by_length.setdefault(len(ids), []).append((ids, min(answer, len(ids) - 1)))
+        cut = len(example.ids) - len(ids)
+        spans = example.spans or ((example.answer_start, len(example.ids)),)
+        shown = [(max(1, a - cut), b - cut) for a, b in spans if b - cut > 1]
+        by_length.setdefault(len(ids), []).append((ids, shown))
     found = []
     for length in sorted(by_length):
         rows = by_length[length]
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             answers = torch.zeros(len(part), length, dtype=torch.bool)
-            for row, (_, count) in enumerate(part):
-                answers[row, length - count :] = True
+            for row, (_, shown) in enumerate(part):
+                for first, last in shown:
+                    answers[row, first:last] = True
             found.append(Batch(ids=torch.tensor([ids for ids, _ in part]), answers=answers))
     return found

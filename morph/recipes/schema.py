@@ -42,7 +42,8 @@ class Select:
 
     `seq_len` None is 512 tokens, or twice the mixer's window where that is more. `align` are the
     tokens on which mixers with parameters are aligned before anything is measured (0: not at all).
-    `swap_tries` bounds the swaps that one round of the swap pass measures.
+    `task_options` shape the task `passkeys`: keys, words, label_span, intervals. `swap_tries`
+    bounds the swaps that one round of the swap pass measures.
     """
 
     selector: str = "nll"
@@ -57,6 +58,7 @@ class Select:
     examples: int = 16
     seq_len: int | None = None
     task: str = "multikey"
+    task_options: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -193,7 +195,9 @@ def check(recipe: Recipe) -> None:
     _known("mixers", mixer.name, "mixer.name")
     _options("selectors", select.selector, select.options, "select.options")
     _options("mixers", mixer.name, mixer.options, "mixer.options")
-    _among((*TASKS, "text"), (select.task,), "select.task")
+    _among((*TASKS, "passkeys", "text"), (select.task,), "select.task")
+    if select.task_options and select.task != "passkeys":
+        raise RecipeError(f"select.task_options: task {select.task} has none; passkeys has some.")
     _among(TASKS, evaluate.tasks, "evaluate.tasks")
     _among(BASELINES, evaluate.baselines, "evaluate.baselines")
     pins = {"keep": select.keep, "replace": select.replace}

@@ -85,7 +85,7 @@ def train(
     for step in range(first, steps):
         before = [p.detach().clone() for p in parameters]
         loss = loss_at(step, batches[step % len(batches)])
-        bad = "" if bool(torch.isfinite(loss)) else f"the loss is {float(loss)}"
+        bad = "" if bool(torch.isfinite(loss)) else f"the loss is {float(loss.detach())}"
         gradients: Sequence[torch.Tensor] = ()
         if not bad:
             gradients = morphable.gradients(loss, parameters)

@@ -2,8 +2,9 @@
 
 What it measures: the answer loss of whole sets. From the empty set on, each of the `width` best
 sets of one size is extended by every unit, all are measured, and the best are carried on.
-Why it works: a unit is judged beside the ones that are already there, so chains and redundant layers
-are seen as soon as a set of the beam holds the partner; `swaps` then tries single swaps on the best.
+Why it works: a unit is judged beside the ones that are already there, so chains and redundant
+layers are seen as soon as a set of the beam holds the partner; `swaps` then tries single swaps on
+the best.
 Cost: about width x units x count half forwards, fewer as sets coincide.
 Options: count (units to keep; filled in from the budget), width (4), measure (nll, or kl to the
 source, which needs no labels), swaps (rounds of single swaps on the final sets; 1).

@@ -1,10 +1,10 @@
 """Fisher information of gates on every unit: what replacing it, and any pair, costs in KL.
 
 What it measures: put a gate on each unit that moves its output from full (0) to cheap (1). To
-second order the KL from the source to the hybrid in which a set C is cheap is half the sum of F over
-C x C, where F is the Fisher information of the gates. So F_uu / 2 is what replacing u alone costs,
-and F_uv what replacing u and v together costs beyond that: layers in a chain share their cost,
-redundant ones amplify each other. The budget then takes the set of least quadratic cost.
+second order the KL from the source to the hybrid in which a set C is cheap is half the sum of F
+over C x C, where F is the Fisher information of the gates. So F_uu / 2 is what replacing u alone
+costs, and F_uv what replacing u and v together costs beyond that: layers in a chain share their
+cost, redundant ones amplify each other. The budget then takes the set of least quadratic cost.
 Why it works: the gradient of the model's own predictions sees how each unit reaches the answer,
 through everything downstream, for all layers, KV heads and heads at once; no label is needed.
 Cost: one forward and S backwards over the examples, whatever the granularity. For S = 4 about 7

@@ -1,16 +1,17 @@
 """KL from the source when one unit is restored or removed; with a short distillation on request.
 
 What it measures: the KL divergence between the source's and the hybrid's predictions at the answer
-tokens when one unit is restored and all others are cheap (`add`, as in KL-guided selection), or when
-it alone is made cheap (`remove`). `greedy` re-scores after every pick.
+tokens when one unit is restored and all others are cheap (`add`, as in KL-guided selection), or
+when it alone is made cheap (`remove`). `greedy` re-scores after every pick.
 Why it works: it asks what a unit adds to the whole distribution, not to one token, and needs no
 labels: any text will do (`select.task=text`).
 Cost: as nll; `distill` adds that many training steps for every unit of an `add` sweep.
 Options: mode (add, remove, greedy), count (rounds of greedy; filled in from the budget), bootstrap
 (200), distill (0: none; steps of training the cheap mixers' own parameters towards the source with
 that unit restored), lr (1e-3), batch_size (4).
-Known limits: as nll: `add` is blind to chains and `remove` to units that back each other up. Without
-`distill` it judges the mixers as they stand; mixers without parameters cannot be distilled here.
+Known limits: as nll: `add` is blind to chains and `remove` to units that back each other up.
+Without `distill` it judges the mixers as they stand; mixers without parameters cannot be distilled
+here.
 Reference: KL-guided layer selection, arXiv 2512.20569 (GA-S2 is `add` with `distill`). Deviations:
 zero-shot by default; the short distillation trains the mixers' own parameters only, and starts for
 every unit from the same aligned mixers; the paper trains the whole student for 200M tokens.
