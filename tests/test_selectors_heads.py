@@ -243,9 +243,9 @@ def test_a_head_that_looks_for_the_same_token_echoes():
 
 
 def test_the_repeated_row_is_drawn_from_real_tokens():
-    model = tiny_model("qwen3", bos_token_id=1)
+    model = tiny_model("qwen3", bos_token_id=1, eos_token_id=[2, 40])
     ids = torch.randint(3, 60, (3, 40), generator=torch.Generator().manual_seed(0))
-    ids[:, 0] = 1
+    ids[:, 0], ids[:, 5] = 1, 40
     batch = Batch(ids=ids, answers=torch.arange(40).expand(3, -1) > 35)
     with surgery.morphable(model, "sliding", {"window": 8}) as probe:
         start, row, period = razor._repeated(probe, [batch], razor.Options())
@@ -253,7 +253,7 @@ def test_the_repeated_row_is_drawn_from_real_tokens():
         said = row[0, 1:].view(4, 9)
         assert bool((said == said[0]).all())
         assert len(set(said[0].tolist())) == 9
-        assert set(said[0].tolist()) <= set(ids[:, 1:].flatten().tolist()) - {1}
+        assert set(said[0].tolist()) <= set(ids.flatten().tolist()) - {1, 40}
         with pytest.raises(PlanError, match="room for 9 at a time"):
             razor.score(probe, [batch], razor.Options(tokens=10))
 
@@ -518,6 +518,18 @@ def test_near_the_needle_heads_are_left_alone():
     assert set(flat(found).values()) == {0.0}
     everywhere = scored("hydrahead", planted("single"), mixer={"window": 52}, reach=0)
     assert flat(everywhere)[4, 2] == 1.0
+
+
+def test_a_stopped_sweep_goes_on_where_it_was():
+    """What is remembered is not measured again: both prompts and the frozen run are all."""
+    fixture = planted("single")
+    with probing(fixture) as probe:
+        first = hydrahead.score(probe, fixture.batches, hydrahead.Options())
+        spent = probe.forwards
+        again = hydrahead.score(probe, fixture.batches, hydrahead.Options())
+        assert probe.forwards == pytest.approx(spent + 3)
+        fewer = hydrahead.score(probe, fixture.batches, hydrahead.Options(senders=False))
+    assert again.values == first.values == fewer.values
 
 
 # Laws that hold for all of them

@@ -16,7 +16,7 @@ from morph.errors import CheckpointError, PlanError
 from morph.pipeline import _source
 from morph.pipeline._source import open_source
 from morph.selectors import _common, nll
-from morph.surgery import CHEAP, FULL, Batch, Soft
+from morph.surgery import CHEAP, FULL, Batch, Soft, _trace
 from morph.surgery._streaming import StreamedLayers, refuse_streaming
 from morph.surgery._trace import together
 from morph.testing import tiny_model
@@ -207,25 +207,26 @@ def test_a_resident_model_may_go_layer_by_layer_too():
             torch.testing.assert_close(traces[t].logits, expected[0])
 
 
-def test_hidden_states_that_wait_are_as_few_as_promised(saved, monkeypatch):
+def test_what_waits_is_as_little_as_promised(saved, monkeypatch):
+    """One hidden state for every variant; layers run once for variants that are alike so far."""
     source = open_source(str(saved("llama")))
     model, layers = source.streamed()
     [batch] = batches_for(model, count=1)
-    most, size = 0, batch.ids.numel() * source.geometry.hidden_size
+    sizes, step = [], _trace._Underway.step
+
+    def watched(self, i):
+        step(self, i)
+        sizes.append(self.states.numel())
+        assert self.states.untyped_storage().nbytes() == 4 * sizes[-1]
+
+    monkeypatch.setattr(_trace._Underway, "step", watched)
     with surgery.morphable(model, "sliding", WINDOW, streamed=layers) as probe:
-        trace = probe.trace(batch, probe.modes([]))
-        through = trace._pass
-
-        def watched(i, waiting, assigned):
-            nonlocal most
-            through(i, waiting, assigned)
-            most = max(most, sum(hidden.numel() for hidden, _ in waiting))
-
-        monkeypatch.setattr(trace, "_pass", watched)
-        changes = [{}, *({i: FULL} for i in probe.candidates)]
-        trace.variants(changes, lambda logits: None)
+        changes = [{}, *({i: FULL} for i in probe.candidates), {}]
+        found = probe.trace(batch, probe.modes([])).variants(changes, lambda logits: logits)
         assert probe.layer_evaluations == sum(i + 2 for i in range(len(probe.candidates)))
-    assert most == len(changes) * size
+    assert set(sizes) == {len(changes) * batch.ids.numel() * source.geometry.hidden_size}
+        assert probe.trace(batch, probe.modes([])).variants([], lambda logits: logits) == []
+    assert torch.equal(found[0], found[-1]) and not torch.equal(found[0], found[1])
 
 
 def test_gradients_are_refused_before_memory_is_spent(saved):

@@ -47,6 +47,7 @@ from morph.selectors._patching import Bench, Listeners, Pair, Unit, far_from
 from morph.surgery import Batch, Morphable, answer_tokens
 
 NEEDS = "forward"
+NEEDLES = True  # questions whose answer stands in the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +113,12 @@ def score(
     if reach is None:
         reach = int(morphable.options.get("window") or 0)
     benches = [Bench(morphable, pair, options.decay) for pair in pairs(batches, reach)]
-    kept = torch.cat([bench.before - bench.after for bench in benches]) >= options.floor
-    if not bool(kept.any()):
+    telling = [bench.before - bench.after >= options.floor for bench in benches]
+    if not any(bool(rows.any()) for rows in telling):
         raise _unmoved(benches, options)
+    told, accuracy = torch.cat(telling), _accuracy(benches)
+    benches = [bench for bench, rows in zip(benches, telling) if bool(rows.any())]
+    kept = torch.cat([rows for rows in telling if bool(rows.any())])
     units = _common.units(morphable, "head")
     received = _receive(morphable, benches, units)[:, kept]
     sent, listeners = torch.zeros_like(received), _strongest(units, received.mean(1), options)
@@ -132,9 +136,9 @@ def score(
     provenance: dict[str, Any] = {
         **{name: [list(unit) for unit in units_] for name, units_ in found.items()},
         "pairs": int(kept.sum()),
-        "pairs_dropped": int((~kept).sum()),
+        "pairs_dropped": int((~told).sum()),
         "largest_effect": float(raw.max()),
-        "accuracy": _accuracy(benches),
+        "accuracy": accuracy,
         "reach": reach,
         "min_full_per_layer": 1,
     }

@@ -114,14 +114,11 @@ def _repeated(
 ) -> tuple[list[int], torch.Tensor, int]:
     """Return (what comes first, the row `[1, T]`, tokens per repeat)."""
     firsts = {int(x) for batch in batches for x in batch.ids[:, 0]}
-    config = morphable.base.config
-    special = {
-        getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")
-    } - {None}
     rows = sum(len(batch.ids) for batch in batches)
     start = sorted(firsts) if len(firsts) == 1 and rows > 1 else []
     pool = torch.cat([batch.ids.flatten() for batch in batches]).unique().cpu()
-    pool = pool[[int(x) not in special | set(start) for x in pool]] if len(pool) else pool
+    barred = torch.tensor(sorted(_special(morphable.base.config) | set(start)), dtype=pool.dtype)
+    pool = pool[~torch.isin(pool, barred)]
     room = (max(batch.ids.shape[1] for batch in batches) - len(start)) // options.repeats
     period = options.tokens or min(TOKENS, room, len(pool))
     if period > min(room, len(pool)) or period < 2:
@@ -135,6 +132,15 @@ def _repeated(
     drawn = pool[torch.randperm(len(pool), generator=generator)[:period]]
     row = torch.cat([torch.tensor(start, dtype=drawn.dtype), drawn.repeat(options.repeats)])
     return start, row[None].to(batches[0].ids.device), period
+
+
+def _special(config: Any) -> set[int]:
+    """Return the ids of a config's special tokens; some models have several for one purpose."""
+    found: set[int] = set()
+    for name in ("bos", "eos", "pad", "unk"):
+        value = getattr(config, f"{name}_token_id", None)
+        found |= set(value) if isinstance(value, (list, tuple)) else {value} - {None}
+    return found
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from morph.selectors import _attention, _common, _needles
 from morph.surgery import Batch, Morphable, answer_tokens
 
 NEEDS = "forward"
+NEEDLES = True  # questions whose answer stands in the prompt
 ENOUGH = 0.5  # share of an example's answer tokens that must be right for it to count
 
 

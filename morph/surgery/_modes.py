@@ -113,8 +113,10 @@ class Switch(nn.Module):
         mode = self.mode
         if isinstance(mode, Fixed):
             return mode.heads
-        shared = self.exact.projected(hidden, positions)
         given = mode.full if isinstance(mode, (Soft, Patched)) else None
+        if isinstance(mode, Patched) and given is not None:
+            return torch.where(mode.mask[:, None], mode.heads, given)
+        shared = self.exact.projected(hidden, positions)
         full = self.exact.mix(hidden, positions, projected=shared) if given is None else given
         if isinstance(mode, Patched):
             return torch.where(mode.mask[:, None], mode.heads, full)

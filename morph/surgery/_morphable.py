@@ -100,7 +100,6 @@ class Morphable:
         self.switches: dict[int, Switch] = {}
         self.base_layers: list[nn.Module] = []
         self._modes: dict[tuple[int, ...], Mode] = {}
-        self._numbers: dict[int, tuple[int, Any]] = {}
         if not self.candidates:
             raise PlanError("no layer of this model attends to everything: nothing to choose.")
 
@@ -139,12 +138,6 @@ class Morphable:
         mask = torch.zeros(width, dtype=torch.bool)
         mask[sorted(units)] = True
         return mask.repeat_interleave(self.geometry.num_attention_heads // width)
-
-    def number(self, mode: Mode | None) -> int:
-        """Return a number that is the same for the same mode, and for no other."""
-        if mode in (None, CHEAP, FULL):
-            return (None, CHEAP, FULL).index(mode)  # type: ignore[arg-type]
-        return self._numbers.setdefault(id(mode), (len(self._numbers) + 3, mode))[0]
 
     @contextmanager
     def assigned(self, modes: Mapping[int, Mode]) -> Iterator[None]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from morph.surgery._morphable import Batch, Morphable
 
 T = TypeVar("T")
-Alike = tuple[torch.Tensor, list[int]]  # a hidden state, and the variants that share it
 
 
 class Trace:
@@ -149,7 +148,14 @@ class Trace:
         self, real: Sequence[Mapping[int, Mode]], reduce: Callable[[torch.Tensor], T]
     ) -> Iterator[tuple[int, T]]:
         m, base = self.morphable, self.logits
-        keys = [tuple(m.number(c.get(i, self.modes.get(i))) for i in self._layers) for c in real]
+        numbers: dict[Any, int] = {}
+        keys = [
+            tuple(
+                numbers.setdefault(_mark(c.get(i, self.modes.get(i))), len(numbers))
+                for i in self._layers
+            )
+            for c in real
+        ]
         before, last, stack = None, None, [call["hidden"] for call in self.calls]
         for n in sorted(range(len(real)), key=keys.__getitem__):
             if not real[n]:
@@ -180,26 +186,50 @@ class Trace:
         m.count((len(m.base_layers) - start) * self.share, self.batch)
         return hidden
 
-    def _pass(self, i: int, waiting: list[Alike], assigned: Sequence[Mapping[int, Mode]]) -> None:
-        """Take what waits before layer `i` through it, once for variants alike so far and there."""
-        m, ahead = self.morphable, []
-        while waiting:  # what was used is let go at once
-            hidden, members = waiting.pop()
-            split: dict[int, list[int]] = {}
-            for n in members:
-                split.setdefault(m.number(assigned[n].get(i)), []).append(n)
-            for alike in split.values():
-                modes = assigned[alike[0]]
-                with m.assigned({i: modes[i]} if i in modes else {}):
-                    out = m.base_layers[i](hidden, **self.calls[i]["kwargs"])
-                ahead.append((_tensor(out), alike))
-                m.count(self.share, self.batch)
-        waiting.extend(ahead)
-
     def losses(self, changes: Mapping[int, Mode] | None = None) -> torch.Tensor:
         """Return the negative log-likelihood `[N]` of every answer token under a variant."""
         logits = self.variant(changes) if changes else self.logits
         return answer_losses(logits, self.batch)
+
+
+class _Underway:
+    """The variants of one trace before some layer: which are alike so far, and what they hold."""
+
+    def __init__(self, trace: Trace, changes: Sequence[Mapping[int, Mode]]) -> None:
+        if not trace.calls:
+            trace._record()
+        self.trace, self.assigned = trace, [{**trace.modes, **c} for c in changes]
+        self.groups = [list(range(len(changes)))] if changes else []
+        self.states: torch.Tensor | None = None  # [V, B, T, D]; a group's lies at its first variant
+
+    def step(self, i: int) -> None:
+        """Take each group through layer `i`, once for those of its variants that are alike there.
+
+        States are copied into one block: heap memory of thousands that come and go would be torn.
+        """
+        trace, m, ahead = self.trace, self.trace.morphable, []
+        for members in self.groups:
+            split: dict[Any, list[int]] = {}
+            for n in members:
+                split.setdefault(_mark(self.assigned[n].get(i)), []).append(n)
+            first = members[0]
+            hidden = trace.calls[0]["hidden"] if self.states is None else self.states[first]
+            for alike in reversed(split.values()):  # the first one last: it takes the group's place
+                modes = self.assigned[alike[0]]
+                with m.assigned({i: modes[i]} if i in modes else {}):
+                    out = _tensor(m.base_layers[i](hidden, **trace.calls[i]["kwargs"]))
+                if self.states is None:
+                    self.states = out.new_empty(len(self.assigned), *out.shape)
+                self.states[alike[0]] = out
+                m.count(trace.share, trace.batch)
+            ahead += split.values()
+        self.groups = ahead
+
+    def logits(self) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield the variants of each group and their answer logits, index 0 first."""
+        for alike in sorted(self.groups):
+            assert self.states is not None
+            yield alike, self.trace._head(self.states[alike[0]])
 
 
 def together(
@@ -213,28 +243,22 @@ def together(
     `changes[t]` are the variants of `traces[t]`, which come trace by trace, index 0 first. All of
     them pass layer i before any passes i + 1, so of a streamed model each layer is read once for
     all batches and variants; `passed` is told. What lives meanwhile is one hidden state for every
-    batch and every variant that differs by then: at most (V + 2) x B x T x D numbers for each
-    batch, V its variants. Nothing is yielded before the last layer is done.
+    batch and variant: (V + 1) x B x T x D numbers for each batch, V its variants, and what one
+    layer needs for one of them. Nothing is yielded before the last layer is done.
     """
     m = traces[0].morphable
-    assigned = [[{**t.modes, **c} for c in own] for t, own in zip(traces, changes)]
-    waiting: list[list[Alike]] = []
     with torch.no_grad():
-        for trace, own in zip(traces, assigned):
-            if not trace.calls:
-                trace._record()
-            waiting.append([(trace.calls[0]["hidden"], list(range(len(own))))])
+        underway = [_Underway(trace, own) for trace, own in zip(traces, changes)]
         for i in range(len(m.base_layers)):
-            for trace, states, own in zip(traces, waiting, assigned):
-                trace._pass(i, states, own)
+            for each in underway:
+                each.step(i)
             m.release(i)
             passed(i)
-    for t, states in enumerate(waiting):
-        for hidden, alike in sorted(states, key=lambda state: min(state[1])):
-            with torch.no_grad():
-                value = reduce(t, traces[t]._head(hidden))
-            yield from ((t, n, value) for n in alike)
-        states.clear()
+    for t, each in enumerate(underway):
+        with torch.no_grad():
+            found = [(alike, reduce(t, logits)) for alike, logits in each.logits()]
+        each.states = None
+        yield from ((t, n, value) for alike, value in found for n in alike)
 
 
 def answer_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -255,6 +279,11 @@ def answer_rows(batch: Batch) -> torch.Tensor:
 def predicting(hidden: torch.Tensor, answers: torch.Tensor, skip: int = 0) -> torch.Tensor:
     """Return the hidden states `[N, D]` from which the answers are predicted."""
     return hidden[:, :-1][answers[:, skip + 1 :]]
+
+
+def _mark(mode: Mode | None) -> Any:
+    """Return what tells a mode from others for as long as all of them live."""
+    return mode if mode is None or isinstance(mode, str) else id(mode)
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
