@@ -200,7 +200,9 @@ def score(
         budget=budget,
     )
     if dry_run:
-        return terminal.emit(pipeline.score_estimate(recipe), as_json, terminal.pairs)
+        return terminal.emit(
+            pipeline.score_estimate(recipe, stream=stream), as_json, terminal.pairs
+        )
     with terminal.measuring() as progress:
         found = pipeline.score_command(
             recipe,

@@ -545,3 +545,28 @@ def test_a_documented_failure_is_repaired(layout):
             probe, fixture.batches, kept, "layer", promise=promise, tries=64
         )
     assert frozenset(i for i, _ in swapped) in fixture.correct
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["layer", "kv_head"])
+@pytest.mark.parametrize("name", registry.names("selectors"))
+def test_scores_on_a_gpu_are_those_of_the_cpu(name, granularity):
+    module = registry.load("selectors", name)
+    if module.NEEDS == "weights":
+        pytest.skip("looks at no data: it is a baseline")
+    options = strict.build(module.Options, getattr(module, "EXAMPLE", {}))
+    if getattr(options, "count", 0) is None:
+        options = replace(options, count=2)
+    fixture = planted_model("chain", 0, examples=6, heads=4, copy=True)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = fixture.model.to(device)
+        batches = [batch.on(device) for batch in fixture.batches]
+        with surgery.morphable(model, "sliding", {"window": 12}, fixture.family) as probe:
+            found.append(module.score(probe, batches, options, granularity=granularity))
+    one, other = (torch.tensor(f.values) for f in found)
+    scale = float(one.abs().max().clamp(min=1e-3))
+    torch.testing.assert_close(other, one, atol=2e-3 * scale, rtol=2e-2)

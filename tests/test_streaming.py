@@ -104,7 +104,7 @@ def test_every_tensor_is_what_from_pretrained_makes_of_it(
     saved, model_type, stored, dtype, monkeypatch
 ):
     """Parameters of resident layers, the others, tied ones and buffers, bit for bit."""
-    monkeypatch.setattr(_source, "_BLOCK", 256)  # many blocks a tensor, and pages of its own
+    monkeypatch.setattr(_source, "_BLOCK", 256)  # many blocks a tensor
     source = open_source(str(saved(model_type, stored)))
     whole, (model, layers) = source.model(dtype), source.streamed(dtype)
     assert type(model) is type(whole) and not model.training
@@ -199,6 +199,7 @@ def test_a_resident_model_may_go_layer_by_layer_too():
         changes = [{}, *({i: FULL} for i in probe.candidates), {}]
         traces = [probe.trace(b, probe.modes([])) for b in batches]
         assert all(trace.skip for trace in traces)
+        assert list(together(traces, [[], []], lambda t, x: x)) == []
         got = {(t, n): x for t, n, x in together(traces, [changes] * 2, lambda t, x: x)}
         for t, batch in enumerate(batches):
             expected = probe.trace(batch, probe.modes([])).variants(changes, lambda x: x)
@@ -225,7 +226,6 @@ def test_what_waits_is_as_little_as_promised(saved, monkeypatch):
         found = probe.trace(batch, probe.modes([])).variants(changes, lambda logits: logits)
         assert probe.layer_evaluations == sum(i + 2 for i in range(len(probe.candidates)))
     assert set(sizes) == {len(changes) * batch.ids.numel() * source.geometry.hidden_size}
-        assert probe.trace(batch, probe.modes([])).variants([], lambda logits: logits) == []
     assert torch.equal(found[0], found[-1]) and not torch.equal(found[0], found[1])
 
 

@@ -30,6 +30,7 @@ from morph.pipeline._source import (
 from morph.plan import Plan, Scores
 from morph.recipes import schema
 from morph.recipes.schema import Recipe
+from morph.selection import choose_units
 
 if TYPE_CHECKING:
     from morph.comparison import Comparison
@@ -100,6 +101,17 @@ def check_result(path: Path, force: bool, inputs: Sequence[Path | str] = ()) -> 
         raise OutputExists(f"{path} exists. Give another --out, or --force to replace it.")
 
 
+def _check_results(
+    out: Path, exports: Mapping[str, Path], force: bool, inputs: Sequence[Path | str]
+) -> None:
+    """Raise as `check_result` does for the result or any export, or where two are one file."""
+    paths = [out, *exports.values()]
+    for path in paths:
+        check_result(path, force, inputs)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("--export names a file that is written already; give each its own.")
+
+
 def _corpus(recipe: Recipe, source: Source, root: Path | None = None) -> _data.Corpus | None:
     if not recipe.data.text:
         return None
@@ -118,14 +130,15 @@ def score_command(
 ) -> Scores:
     """Score the recipe's model and write scores.json, and what `exports` names by format.
 
-    What was measured waits in OUT.partial until it is done; the same command goes on from there.
+    Exported lists of layers hold those that the budget keeps. What was measured waits in
+    OUT.partial until it is done; the same command goes on from there.
     """
     from morph.pipeline import _score
 
-    source = open_source(recipe.model, recipe.family)
-    inputs = [source.path, *recipe.data.text]
-    for path in (out, *(exports or {}).values()):
-        check_result(path, force, inputs)
+    source, exports = open_source(recipe.model, recipe.family), exports or {}
+    _check_results(out, exports, force, [source.path, *recipe.data.text])
+    probed = {"mixer": recipe.mixer.name, "mixer_options": {"window": 1, **recipe.mixer.options}}
+    _refuse_exports(_select.blank(source, recipe.select.granularity, probed), exports)
     partial = out.with_name(f"{out.name}.partial")
     found = _score.score(
         source,
@@ -142,14 +155,22 @@ def score_command(
     )
     write_result(out, planning.dumps(found))
     say(f"wrote {out}")
-    _export(found, exports or {}, None, say)
+    if exports:
+        kept = choose_units(found, _select.budget_of(recipe.select), geometry=source.geometry)
+        _export(found, exports, [layer for layer, _ in kept], say)
     partial.unlink(missing_ok=True)
     return found
 
 
-def _export(
-    scores: Scores, exports: Mapping[str, Path], keep: Sequence[int] | None, say: Say
-) -> None:
+def _refuse_exports(scores: Scores, exports: Mapping[str, Path]) -> None:
+    """Raise PlanError where scores like these cannot be exported so: before anything is done."""
+    from morph import exchange
+
+    for name in exports:
+        exchange.dumps(scores, name, keep=[0])
+
+
+def _export(scores: Scores, exports: Mapping[str, Path], keep: Sequence[int], say: Say) -> None:
     from morph import exchange
 
     for name, path in exports.items():
@@ -170,10 +191,10 @@ def plan_command(
 
     `exports` are further files by format; lists of layers hold those the plan keeps.
     """
-    source = open_source(recipe.model, recipe.family)
-    for path in (out, *(exports or {}).values()):
-        check_result(path, force, [source.path, scores, *recipe.data.text])
+    source, exports = open_source(recipe.model, recipe.family), exports or {}
+    _check_results(out, exports, force, [source.path, scores, *recipe.data.text])
     found = _select.read_scores(scores, source)
+    _refuse_exports(found, exports)
     if note := found.provenance.get("note"):
         say(f"note: {escape(note, 600)}")
     made, swaps = _select.make_plan(
@@ -189,7 +210,7 @@ def plan_command(
     )
     write_result(out, planning.dumps(made))
     say(f"wrote {out}")
-    _export(found, exports or {}, list(made.full_layers), say)
+    _export(found, exports, list(made.full_layers), say)
     return {**describe(made), "swaps": swaps or None}
 
 
@@ -215,8 +236,10 @@ def compare_command(
     wanted = [b.strip() for b in budgets.split(",") if b.strip()]
     if not wanted:
         raise UsageError("--budgets names none; give some, such as 1/8,1/4,1/2.")
+    if twice := [b for n, b in enumerate(wanted) if b in wanted[:n]]:
+        raise UsageError(f"--budgets names {escape(twice[0])} twice; name it once.")
+    _refuse_choice(recipe)
     _check_folder(out, [recipe.model], force, ("compare.json", "compare.html", "compare.md"))
-    out.mkdir(parents=True, exist_ok=True)
     made = _compare.compare(
         recipe,
         found,
@@ -232,6 +255,18 @@ def compare_command(
     paths = report.comparison_report(out, made)
     say(f"wrote {out / 'compare.json'}, {', '.join(map(str, paths[:2]))}")
     return made
+
+
+def _refuse_choice(recipe: Recipe) -> None:
+    """Raise UsageError where a recipe says what a comparison takes from its own flags, or not."""
+    plain = schema.Select()
+    names = ("selector", "options", "budget", "keep", "replace", "min_full_per_layer")
+    for name in names:
+        if getattr(recipe.select, name) != getattr(plain, name):
+            raise UsageError(
+                f"select.{name} has no part in a comparison: --selectors (with options, such as "
+                "kl:mode=remove) and --budgets say what is compared, and nothing is pinned."
+            )
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -286,12 +321,17 @@ def dry_run(
     }
 
 
-def score_estimate(recipe: Recipe) -> dict[str, Any]:
-    """Return what scoring would cost: passes, tokens, and, with text, minutes by a short probe."""
+def score_estimate(recipe: Recipe, *, stream: bool = False) -> dict[str, Any]:
+    """Return what scoring would cost: passes, tokens, and, with text, minutes by a short probe.
+
+    With `stream` no model is loaded, and so nothing probed.
+    """
     from morph.pipeline import _estimate
 
     source = open_source(recipe.model, recipe.family)
-    return {**dry_run(recipe), **_estimate.estimate(recipe, source, _corpus(recipe, source))}
+    corpus = None if stream else _corpus(recipe, source)
+    told = {k: v for k, v in dry_run(recipe).items() if not k.startswith("distillation_")}
+    return {**told, **_estimate.estimate(recipe, source, corpus)}
 
 
 def _training_cost(recipe: Recipe, source: Source) -> dict[str, int]:

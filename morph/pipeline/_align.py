@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from morph.surgery import Morphable
+    from morph.surgery._streaming import StreamedLayers
 
 SEQ_LEN, BATCH = 512, 4
 
@@ -42,19 +43,34 @@ def probing(
     *,
     seed: int = 0,
     work: Path | None = None,
+    streamed: StreamedLayers | None = None,
     say: Say = quiet,
 ) -> Iterator[Morphable]:
     """Give the morphable model of `source`, with aligned mixers where that applies.
 
-    `work` is the folder that keeps what was aligned; None: nothing is kept.
+    `work` is the folder that keeps what was aligned; None: nothing is kept. Where there is a GPU
+    the model is on it meanwhile. `streamed` reads the layers of a model that is streamed, whose
+    mixers are not aligned.
     """
+    import torch
+
     from morph import surgery
 
-    aligned = mixers(source, model, mixer, section, corpus, seed=seed, work=work, say=say)
-    with surgery.morphable(
-        model, mixer.name, mixer.options, source.family, aligned=aligned
-    ) as probe:
-        yield probe
+    home = next(p.device for p in model.parameters() if not p.is_meta)
+    try:
+        aligned = None
+        if streamed is None:
+            aligned = mixers(source, model, mixer, section, corpus, seed=seed, work=work, say=say)
+            model.to("cuda" if torch.cuda.is_available() else home)
+        elif section.align and corpus is not None and _has_parameters(source, mixer):
+            say(f"warning: {mixer.name} is not aligned where the model is streamed")
+        with surgery.morphable(
+            model, mixer.name, mixer.options, source.family, aligned=aligned, streamed=streamed
+        ) as probe:
+            yield probe
+    finally:
+        if streamed is None:
+            model.to(home)
 
 
 def mixers(
@@ -121,7 +137,7 @@ def _key(source: Source, mixer: Mixer, stage: Stage, corpus: _data.Corpus, seed:
         "model": source.checkpoint.fingerprint,
         "mixer": strict.plain(mixer),
         "stage": strict.plain(stage),
-        "text": hashlib.sha256(corpus.train.numpy().tobytes()).hexdigest(),
+        "text": corpus.sha256,
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from morph import comparison as comparing
 from morph import registry, selection
 from morph.comparison import Best, Comparison, Entry
-from morph.errors import MorphError, PlanError, UsageError
+from morph.errors import MorphError, PlanError, StorageError, UsageError, escape
 from morph.pipeline import _align, _data, _score, _select
 from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
 from morph.plan import Granularity, Scores
+from morph.recipes import _yaml
 from morph.recipes.schema import Recipe, Select
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from morph.surgery import Batch, Morphable
 
 Unit = tuple[int, int]
+# (section, corpus, tokenizer, seed, held out) -> batches
+Questions = Callable[[Select, _data.Corpus, Any, int, bool], "list[Batch]"]
 Set = tuple[Unit, ...]
 SEEDS = {"random": 5}  # the control needs several
 
@@ -53,24 +56,30 @@ class Candidate:
 def candidates(text: str | None) -> list[Candidate]:
     """Return the selectors that `nll,kl:mode=remove:bootstrap=0` names; None: all there are.
 
-    Raises UsageError and UnknownName.
+    A selector from outside is `package.module:object`. Raises UsageError, RecipeError and
+    UnknownName.
     """
-    import yaml
-
     if text is None:
         return [Candidate(selector=name) for name in registry.names("selectors")]
     found = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, *settings = part.split(":")
-        options = {}
+        where, options = f"--selectors {escape(part)}", {}
+        if "." in name and settings and "=" not in settings[0]:
+            name = f"{name}:{settings.pop(0)}"
         for setting in settings:
             key, equals, value = setting.partition("=")
             if not equals:
-                raise UsageError(f"--selectors {part!r}: options are key=value, parted by colons.")
-            options[key] = yaml.safe_load(value)
+                raise UsageError(f"{where}: options are key=value, parted by colons.")
+            if key in options:
+                raise UsageError(f"{where}: {escape(key)} is given twice.")
+            options[key] = _yaml.read(value, where)[0]
         if "." not in name:
             registry.path("selectors", name)
-        found.append(Candidate(selector=name, options=options))
+        made = Candidate(selector=name, options=options)
+        if made in found:
+            raise UsageError(f"{where}: named twice; name it once.")
+        found.append(made)
     if not found:
         raise UsageError("--selectors names none; give some, such as nll,fisher,uniform.")
     return found
@@ -120,8 +129,15 @@ class Comparing:
     out: Path | None
     say: Say
     progress: Callable[[int, int], None]
+    swaps: Callable[[str], bool]
     notes: list[str] = field(default_factory=list)
     memos: list[Any] = field(default_factory=list)
+    began: float = 0.0  # when the CPU clock of the current bill stood at zero
+
+    @property
+    def spent(self) -> float:
+        """CPU seconds on the current bill."""
+        return time.process_time() - self.began
 
     @property
     def granularity(self) -> Granularity:
@@ -129,7 +145,7 @@ class Comparing:
 
     @contextmanager
     def remembering(self, probe: Morphable, name: str, facts: Any) -> Iterator[None]:
-        """Keep what is measured in a file of its own, and start the bill at zero."""
+        """Keep what is measured in a file of its own, and what it cost, if this is stopped."""
         from morph.surgery import Memo
 
         path = None
@@ -137,12 +153,14 @@ class Comparing:
             key = hashlib.sha256(name.encode()).hexdigest()[:8]
             path = self.out / f".memo-{key}.jsonl"
         before = probe.memo, probe.tokens, probe.backward_tokens
-        probe.memo = Memo(path, _score.digest(facts))
-        self.memos.append(probe.memo)
-        probe.tokens = probe.backward_tokens = 0
+        probe.memo = memo = Memo(path, _score.digest(facts))
+        self.memos.append(memo)
+        probe.tokens, probe.backward_tokens, cpu = memo.get("bill") or [0.0, 0.0, 0.0]
+        self.began = time.process_time() - cpu
         try:
             yield
         finally:
+            memo.put("bill", [probe.tokens, probe.backward_tokens, self.spent])
             probe.memo, probe.tokens, probe.backward_tokens = before
 
     def kept(self, scores: Scores, section: Select) -> Set:
@@ -158,8 +176,9 @@ def compare(
     *,
     seeds: Sequence[int] = (0,),
     max_sets: int = 4096,
-    with_swaps: bool = True,
+    with_swaps: bool | Sequence[str] = True,
     out: Path | None = None,
+    questions: Questions | None = None,
     model: nn.Module | None = None,
     source: Source | None = None,
     say: Say = quiet,
@@ -168,7 +187,9 @@ def compare(
     """Return the regret table of a model; see the module.
 
     `seeds` go to selectors that draw (random always gets five); `max_sets` bounds the exhaustive
-    search of one budget. `out` is the folder in which partial results and aligned mixers wait.
+    search of one budget. `with_swaps` also judges each choice after the swap pass: all, none, or
+    those of the labels given. `out` is the folder in which partial results and aligned mixers wait.
+    `questions` makes the examples in place of the recipe's task.
     Raises PlanError where a budget cannot be met, and DataError where the text does not suffice.
     """
     from morph.pipeline._source import open_source
@@ -177,9 +198,14 @@ def compare(
     refuse_hybrid(source, "compare")
     section = _select.with_length(recipe.select, recipe.mixer, source)
     recipe = replace(recipe, select=section)
-    for budget in budgets:
-        _select.kept_count(source, replace(section, budget=budget))
-    corpus = _data.corpus(recipe.data, source.tokenizer())
+    _refuse(source, section, found, budgets)
+    tokenizer = source.tokenizer()
+    corpus = _data.corpus(recipe.data, tokenizer)
+    ask = questions or _questions
+    batches, held_out = (
+        ask(section, corpus, tokenizer, *which)
+        for which in ((recipe.seed, False), (recipe.seed + 1, True))
+    )
     if model is None:
         refuse_nonfinite(source)
         model = source.model(recipe.dtype)
@@ -193,34 +219,66 @@ def compare(
         out=out,
         say=say,
         progress=progress or (lambda done, total: None),
+        swaps=lambda label: with_swaps if isinstance(with_swaps, bool) else label in with_swaps,
     )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     with _align.probing(
         source, model, recipe.mixer, section, corpus, seed=recipe.seed, work=out, say=say
     ) as probe:
         probe.progress = run.progress
-        made = _compare(run, probe, found, with_swaps)
+        batches, held_out = ([b.on(probe.device) for b in x] for x in (batches, held_out))
+        made = _compare(run, probe, found, batches, held_out)
     for memo in run.memos:
         memo.clear()
+    for left in out.glob(".memo-*.jsonl") if out is not None else ():
+        left.unlink(missing_ok=True)  # of a comparison that was stopped and given up
     return made
 
 
+def _refuse(
+    source: Source, section: Select, found: Sequence[Candidate], budgets: Sequence[str]
+) -> None:
+    """Raise PlanError for a budget that cannot be met, and options that a selector lacks."""
+    for budget in budgets:
+        _select.kept_count(source, replace(section, budget=budget))
+        for each in found:
+            given = replace(
+                section, budget=budget, selector=each.selector, options=dict(each.options)
+            )
+            _score.options_of(registry.load("selectors", each.selector), given, source)
+
+
+def _questions(
+    section: Select, corpus: _data.Corpus, tokenizer: Any, seed: int, held_out: bool
+) -> list[Batch]:
+    return _data.calibration(section, corpus, tokenizer, seed, held_out=held_out)
+
+
 def _compare(
-    run: Comparing, probe: Morphable, found: Sequence[Candidate], with_swaps: bool
+    run: Comparing,
+    probe: Morphable,
+    found: Sequence[Candidate],
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
 ) -> Comparison:
     recipe, section = run.recipe, run.recipe.select
-    tokenizer = run.source.tokenizer()
-    batches = _data.calibration(section, run.corpus, tokenizer, recipe.seed)
-    held_out = _data.calibration(section, run.corpus, tokenizer, recipe.seed + 1, held_out=True)
     judge = Judge(probe=probe, granularity=run.granularity, chosen_on=batches, held_out=held_out)
-    run.notes += _score.warnings_of(probe, batches, section)
+    for warning in _score.warnings_of(probe, batches, section):
+        run.say(f"warning: {warning}")
+        run.notes.append(warning)
     facts = [run.source.checkpoint.fingerprint, _score.data_digest(batches), recipe.mixer]
-    facts += [run.granularity, _score.data_digest(held_out), section.align]
+    facts += [run.granularity, _score.data_digest(held_out), section.align, recipe.dtype]
+    facts += [run.source.family.model_type, run.corpus.sha256, recipe.seed]
     entries: list[Entry] = []
     values: dict[str, list[float]] = {}
     for candidate in found:
-        entries += _candidate(run, probe, judge, candidate, batches, facts, values, with_swaps)
-    with run.remembering(probe, "best", facts):
-        best = [_best(run, judge, budget, entries) for budget in run.budgets]
+        entries += _candidate(run, probe, judge, candidate, batches, facts, values)
+    best = []
+    for budget in run.budgets:
+        with run.remembering(probe, f"best {budget}", facts):
+            best.append(_best(run, judge, budget, entries))
+    with run.remembering(probe, "judged", facts):
         ends = [judge.row(tuple((i, u) for i, u in s)) for s in (_all(probe, run.granularity), ())]
         entries = [_judged(e, best, entries, judge) for e in entries]
     names = ("loss", "held_out_loss", "recall")
@@ -279,7 +337,6 @@ def _candidate(
     batches: Sequence[Batch],
     facts: list[Any],
     values: dict[str, list[float]],
-    with_swaps: bool,
 ) -> list[Entry]:
     """Return the entries of one selector at every budget and seed, with and without swaps."""
     module = registry.load("selectors", candidate.selector)
@@ -305,7 +362,9 @@ def _candidate(
                 if once is None or counts:
                     used = batches if module.NEEDS != "weights" else []
                     with run.remembering(probe, f"{label} {budget}", [*facts, options]):
-                        once = _scored(probe, module, used, options, run.granularity)
+                        once = _scored(run, probe, module, used, options)
+            except StorageError:
+                raise
             except MorphError as error:
                 run.notes.append(f"{label}: {error}")
                 run.say(f"{label}: left out: {error}")
@@ -321,25 +380,25 @@ def _candidate(
                 note=warning, **bill,
             )  # fmt: skip
             entries.append(entry)
-            if with_swaps and module.NEEDS != "weights":
+            if run.swaps(candidate.label) and module.NEEDS != "weights":
                 with run.remembering(probe, f"{label} {budget} swaps", facts):
                     entries.append(_swapped(run, probe, entry, scores, batches, label))
     return entries
 
 
 def _scored(
+    run: Comparing,
     probe: Morphable,
     module: Any,
     batches: Sequence[Batch],
     options: Any,
-    granularity: Granularity,
 ) -> tuple[Scores, dict[str, float]]:
-    cpu, tokens = time.process_time(), sum(b.ids.numel() for b in batches) or 1
-    scores = module.score(probe, batches, options, granularity=granularity)
+    tokens = sum(b.ids.numel() for b in batches) or 1
+    scores = module.score(probe, batches, options, granularity=run.granularity)
     return scores, {
         "forwards": probe.tokens / tokens,
         "backwards": probe.backward_tokens / tokens,
-        "cpu_seconds": time.process_time() - cpu,
+        "cpu_seconds": run.spent,
     }
 
 
@@ -354,7 +413,6 @@ def _swapped(
     """Return the entry after the swap pass, which is charged to it."""
     from morph.selectors import _common
 
-    cpu = time.process_time()
     kept, report = _common.verify_and_swap(
         probe,
         batches,
@@ -370,7 +428,7 @@ def _swapped(
         kept=kept,
         swaps=len(report["swaps"]),
         forwards=entry.forwards + probe.tokens / sum(b.ids.numel() for b in batches),
-        cpu_seconds=entry.cpu_seconds + time.process_time() - cpu,
+        cpu_seconds=entry.cpu_seconds + run.spent,
     )
 
 
@@ -383,7 +441,6 @@ def _best(run: Comparing, judge: Judge, budget: str, entries: Sequence[Entry]) -
     count = _select.kept_count(run.source, replace(run.recipe.select, budget=budget))
     found = sorted({e.kept for e in entries if e.budget == budget})
     total = math.comb(len(units), count)
-    spent = probe.tokens
     if total <= run.max_sets:
         run.say(f"budget {budget}: trying all {total:,} sets of {count}")
         sets = list(itertools.combinations(units, count))
@@ -393,17 +450,16 @@ def _best(run: Comparing, judge: Judge, budget: str, entries: Sequence[Entry]) -
         losses = judge.losses(found)
         start = min(zip(losses, found))[1]
         run.say(f"budget {budget}: improving the best of {len(found)} sets found by swaps")
-        better, _ = _common.verify_and_swap(
+        better, report = _common.verify_and_swap(
             probe, judge.chosen_on, start, run.granularity, tries=run.recipe.select.swap_tries * 4
         )
         sets = [*found, better]
-    losses = judge.losses(sets)
-    spent = probe.tokens - spent
-    kept = min(zip(losses, sets))[1]
+    kept = min(zip(judge.losses(sets), sets))[1]
+    spent = probe.tokens
     return Best(
         budget=budget,
         kept=kept,
-        sets_tried=len(sets),
+        sets_tried=len(sets) if total <= run.max_sets else len(found) + report["sets_tried"] - 1,
         exhaustive=total <= run.max_sets,
         forwards=spent / sum(b.ids.numel() for b in judge.chosen_on),
         **judge.row(kept),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ class Corpus:
     held_out: torch.Tensor
     train_stories: tuple[str, ...]
     held_out_stories: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the training part's tokens."""
+        return hashlib.sha256(self.train.numpy().tobytes()).hexdigest()
 
 
 def corpus(section: Data, tokenizer: Any, root: Path | None = None) -> Corpus:

@@ -41,20 +41,26 @@ def after_score(recipe: Recipe, out: Path, sets: Iterable[str] | None) -> Comman
 
 
 def after_compare(recipe: Recipe, found: Any, sets: Iterable[str] | None) -> Command:
-    """Return `score` with the selector of least mean regret."""
-    ranked = [e for e in found.entries if e.regret is not None]
+    """Return `score` with the selector, and its options, of least mean regret."""
     rows: dict[str, list[float]] = {}
-    for entry in ranked:
-        rows.setdefault(entry.selector, []).append(entry.regret)
-    best = min(rows, key=lambda name: (sum(rows[name]) / len(rows[name]), name), default=None)
+    for entry in found.entries:
+        if entry.regret is not None:
+            rows.setdefault(entry.row.removesuffix(" + swaps"), []).append(entry.regret)
+    best = min(rows, key=lambda name: (sum(rows[name]) / len(rows[name]), name), default="")
+    selector, *options = best.split(" ")
+    kept = [x for x in sets or () if not x.startswith(("select.granularity", "mixer.name"))]
+    named = {x.partition("=")[0].strip() for x in kept}
     return [
         *("score", recipe.model),
         *flags(
-            selector=best,
+            selector=selector or None,
             granularity=recipe.select.granularity,
             mixer=recipe.mixer.name,
-            data=recipe.data.text,
-            set=[x for x in sets or () if not x.startswith(("select.granularity", "mixer.name"))],
+            data=None if "data.text" in named else recipe.data.text,
+            family=None if "family" in named else recipe.family,
+            seed=recipe.seed or None if "seed" not in named else None,
+            dtype=recipe.dtype if recipe.dtype != "float32" and "dtype" not in named else None,
+            set=[*kept, *(f"selector.{x}" for x in options)],
         ),
     ]
 

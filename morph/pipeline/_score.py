@@ -60,23 +60,28 @@ def score(
             f"selector {section.selector!r} needs the whole model in memory; without --stream, or "
             "with one that does not: nll, kl, beam."
         )
+    streamed = None
     if model is None:
         refuse_nonfinite(source)
-        model = source.streamed(dtype) if stream else source.model(dtype)
+        model, streamed = source.streamed(dtype) if stream else (source.model(dtype), None)
     start, cpu = time.perf_counter(), time.process_time()
     facts = _facts(source, section, mixer, options, batches, seed)
+    if module.NEEDS == "weights":
+        corpus = None  # it runs no mixer, so none is aligned for it
     with _align.probing(
-        source, model, mixer, section, corpus, seed=seed, work=work, say=say
+        source, model, mixer, section, corpus, seed=seed, work=work, streamed=streamed, say=say
     ) as probe:
-        probe.memo = Memo(memo, digest(facts))
+        text = corpus.sha256 if corpus is not None else None  # mixers were aligned on it
+        probe.memo = Memo(memo, digest([facts, mixer, source.family.model_type, dtype, text]))
         if len(probe.memo):
             say(f"going on from {memo}: {len(probe.memo)} measurements are at hand")
         if progress is not None:
             probe.progress = progress
         say(f"scoring with {section.selector} ({len(batches)} batches)")
+        batches = [batch.on(probe.device) for batch in batches]
         found = module.score(probe, batches, options, granularity=section.granularity)
         warnings = warnings_of(probe, batches, section) if module.NEEDS != "weights" else []
-        reused = probe.memo.reused
+        reused = probe.memo.loaded
     warnings += [str(found.provenance[k]) for k in ("warning",) if k in found.provenance]
     for warning in warnings:
         say(f"warning: {warning}")
@@ -147,8 +152,8 @@ def data_digest(batches: Sequence[Batch]) -> str:
     """Return the sha256 of the tokens and answers of all batches."""
     found = hashlib.sha256()
     for batch in batches:
-        found.update(batch.ids.numpy().tobytes())
-        found.update(batch.answers.numpy().tobytes())
+        found.update(batch.ids.cpu().numpy().tobytes())
+        found.update(batch.answers.cpu().numpy().tobytes())
     return found.hexdigest()
 
 

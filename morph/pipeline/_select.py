@@ -12,7 +12,7 @@ from morph import registry, selection
 from morph.errors import MismatchError, PlanError, escape
 from morph.pipeline import _data
 from morph.pipeline._source import Say, Source, quiet
-from morph.plan import Budget, Plan, Scores
+from morph.plan import Budget, Granularity, Plan, Scores
 from morph.recipes.schema import Mixer, Select
 
 if TYPE_CHECKING:
@@ -46,17 +46,25 @@ def with_length(section: Select, mixer: Mixer, source: Source) -> Select:
     return replace(section, seq_len=min(max(512, 2 * int(window)), context))
 
 
+def blank(
+    source: Source, granularity: Granularity, provenance: Mapping[str, Any] | None = None
+) -> Scores:
+    """Return scores of zero, to find out what real ones would do."""
+    row = (0.0,) * source.geometry.units(granularity)
+    return Scores(
+        selector="none",
+        model_type=source.family.model_type,
+        granularity=granularity,
+        values=(row,) * source.geometry.num_hidden_layers,
+        unit="none",
+        provenance=provenance or {},
+    )
+
+
 def kept_count(source: Source, section: Select) -> int:
     """Return how many units the budget keeps; raise PlanError where the model cannot meet it."""
-    width = source.geometry.units(section.granularity)
-    blank = Scores(
-        selector="count",
-        model_type=source.family.model_type,
-        granularity=section.granularity,
-        values=tuple((0.0,) * width for _ in range(source.geometry.num_hidden_layers)),
-        unit="none",
-    )
-    return len(selection.choose_units(blank, budget_of(section), geometry=source.geometry))
+    nothing = blank(source, section.granularity)
+    return len(selection.choose_units(nothing, budget_of(section), geometry=source.geometry))
 
 
 def make_plan(
@@ -84,8 +92,11 @@ def make_plan(
     budget = budget_of(section)
     _check_scores(scores, source)
     keep = selection.choose_units(scores, budget, geometry=source.geometry)
-    for warning in _mismatches(scores, mixer, len(keep)):
-        say(f"warning: {warning} Score again for this plan.")
+    heads = tuple(range(source.geometry.num_attention_heads))
+    group = planning.HeadGroup(mixer=mixer.name, heads=heads, options=mixer.options)
+    options, cache = surgery.group_cost(group, source.geometry, source.geometry.candidates[0])
+    for warning in _mismatches(scores, mixer.name, options, len(keep)):
+        say(f"warning: {warning}")
     report: dict[str, Any] = {}
     chosen_blindly = scores.selector in ("uniform", "random")
     if section.verify_swaps and corpus is not None and not chosen_blindly:
@@ -100,7 +111,7 @@ def make_plan(
         ) as probe:
             keep, report = _common.verify_and_swap(
                 probe,
-                batches,
+                [batch.on(probe.device) for batch in batches],
                 keep,
                 scores.granularity,
                 pinned=_pinned(budget.keep, width),
@@ -110,9 +121,6 @@ def make_plan(
                 tries=section.swap_tries,
                 progress=say,
             )
-    heads = tuple(range(source.geometry.num_attention_heads))
-    group = planning.HeadGroup(mixer=mixer.name, heads=heads, options=mixer.options)
-    options, cache = surgery.group_cost(group, source.geometry, source.geometry.candidates[0])
     plan = selection.plan_of_units(
         scores,
         keep,
@@ -124,21 +132,32 @@ def make_plan(
     return surgery.resolve_costs(plan), report
 
 
-def _mismatches(scores: Scores, mixer: Mixer, count: int) -> list[str]:
+def _mismatches(scores: Scores, mixer: str, options: Mapping[str, Any], count: int) -> list[str]:
     """Return what the scores were measured for that differs from what the plan will be."""
-    found, how = [], scores.provenance
-    chosen = how.get("selector_options", {})
+    found, how, again = [], scores.provenance, "Score again for this plan."
+    chosen, scored = (_mapping(how.get(key)) for key in ("selector_options", "mixer_options"))
     placed = chosen.get("count") if chosen.get("mode", "greedy") == "greedy" else None
     placed = how.get("placed", placed)
     if placed not in (None, count):
-        found.append(f"{scores.selector} placed {placed} units, the budget keeps {count}.")
+        found.append(f"{scores.selector} placed {placed} units, the budget keeps {count}. {again}")
     if scores.selector not in ("uniform", "random") and "mixer" in how:
-        scored = {**how.get("mixer_options", {}), **mixer.options}
-        if how["mixer"] != mixer.name:
-            found.append(f"the scores were measured with {how['mixer']}, not {mixer.name}.")
-        elif scored != how.get("mixer_options", {}):
-            found.append(f"the scores were measured with {how['mixer_options']}, not {scored}.")
+        differ = [k for k, v in options.items() if scored.get(k, v) != v]
+        a, b = (" ".join(f"{k}={x[k]}" for k in differ) for x in (scored, options))
+        if how["mixer"] != mixer:
+            found.append(f"the scores were measured with {how['mixer']}, not {mixer}. {again}")
+        elif differ:
+            found.append(f"the scores were measured with {a}, the plan has {b}. {again}")
+    window = how.get("window")
+    if window not in (None, options.get("window")):
+        found.append(
+            f"the file is for a window of {window}, the plan has {options.get('window')}. "
+            f"Give --set mixer.window={window}."
+        )
     return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _check_scores(scores: Scores, source: Source) -> None:

@@ -55,7 +55,7 @@ class Sweep:
         self.morphable, self.granularity, self.measure = morphable, granularity, measure
         self.keep = frozenset(keep)
         self.batches = batches
-        self.counts = torch.cat([b.answers.sum(1) for b in batches]).double()
+        self.counts = torch.cat([b.answers.sum(1) for b in batches]).double().cpu()
         self._digests = [_digest(b) for b in batches]
         self._traces: dict[int, Trace] = {}
         self._sources: dict[int, torch.Tensor] = {}
@@ -100,8 +100,9 @@ class Sweep:
 
     def _measured(self, n: int, logits: torch.Tensor) -> list[float]:
         batch = self.batches[n]
-        found = MEASURES[self.measure](logits, batch, self._source(n)).double()
-        return torch.zeros(len(batch.ids)).double().index_add(0, answer_rows(batch), found).tolist()
+        found = MEASURES[self.measure](logits, batch, self._source(n)).double().cpu()
+        rows = answer_rows(batch).cpu()
+        return torch.zeros(len(batch.ids)).double().index_add(0, rows, found).tolist()
 
     def _in_turn(self, missing: Sequence[Sequence[frozenset[Unit]]], total: int) -> None:
         """Measure batch after batch, remembering every set as it is done."""

@@ -18,15 +18,16 @@ class Memo:
 
     The first line of the file is the `digest` of everything the numbers depend on; a file of
     another digest is started over. Numbers come back bit-equal. A last line that was cut off by a
-    crash is ignored. `reused` counts what was not measured again.
+    crash is ignored. `loaded` counts what came from the file.
     """
 
     def __init__(self, path: Path | None = None, digest: str = "") -> None:
-        self.path, self.digest, self.reused = path, digest, 0
+        self.path, self.digest = path, digest
         self._found: dict[str, Measured] = {}
         self._cut = False
         if path is not None and path.is_file():
             self._read(path)
+        self.loaded = len(self._found)
 
     def _read(self, path: Path) -> None:
         try:
@@ -60,9 +61,7 @@ class Memo:
 
     def get(self, key: str) -> Measured | None:
         """Return what was measured under `key`, or None."""
-        found = self._found.get(key)
-        self.reused += found is not None
-        return found
+        return self._found.get(key)
 
     def put(self, key: str, value: Measured) -> None:
         """Remember a list of numbers, on disk at once where there is a path."""

@@ -115,11 +115,11 @@ class Switch(nn.Module):
             return mode.heads
         given = mode.full if isinstance(mode, (Soft, Patched)) else None
         if isinstance(mode, Patched) and given is not None:
-            return torch.where(mode.mask[:, None], mode.heads, given)
+            return torch.where(mode.mask[:, None].to(given.device), mode.heads, given)
         shared = self.exact.projected(hidden, positions)
         full = self.exact.mix(hidden, positions, projected=shared) if given is None else given
         if isinstance(mode, Patched):
-            return torch.where(mode.mask[:, None], mode.heads, full)
+            return torch.where(mode.mask[:, None].to(full.device), mode.heads, full)
         if isinstance(mode, Nudge):
             with torch.no_grad():
                 cheap = self.cheap.mix(hidden, positions, projected=shared)

@@ -48,6 +48,12 @@ class Batch:
         if not bool(self.answers[:, 1:].any()) or bool(self.answers[:, 0].any()):
             raise PlanError("batch: mark at least one answer token, never the first of a row.")
 
+    def on(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on a device."""
+        if self.ids.device == torch.device(device):
+            return self
+        return Batch(ids=self.ids.to(device), answers=self.answers.to(device))
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -109,6 +115,11 @@ class Morphable:
     def forwards(self) -> float:
         """Whole-model forwards spent so far."""
         return self.layer_evaluations / self.geometry.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings, and so the tokens, must lie."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
 
     def modes(self, keep: Units, granularity: Granularity = "layer") -> dict[int, Mode]:
         """Return the mode of every candidate layer when exactly `keep` stays full."""

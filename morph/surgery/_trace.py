@@ -147,7 +147,7 @@ class Trace:
     def _in_turn(
         self, real: Sequence[Mapping[int, Mode]], reduce: Callable[[torch.Tensor], T]
     ) -> Iterator[tuple[int, T]]:
-        m, base = self.morphable, self.logits
+        base = self.logits
         numbers: dict[Any, int] = {}
         keys = [
             tuple(
