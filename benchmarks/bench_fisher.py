@@ -33,9 +33,8 @@ def questions(name: str, tokenizer: Any, args: argparse.Namespace) -> list[surge
     """Return the examples of one model."""
     text = data.read_text(EXAMPLES / "data" / "sherlock_holmes.txt")
     ids = data.token_ids(tokenizer, text[: len(text) * 9 // 10])
-    common = {
-        "length": args.seq_len, "depths": [i / 7 for i in range(8)], "count": args.examples, "seed": 0
-    }  # fmt: skip
+    depths = [i / 7 for i in range(8)]
+    common = {"length": args.seq_len, "depths": depths, "count": args.examples, "seed": 0}
     if name == "two_hop":
         sys.path.insert(0, str(EXAMPLES))
         from _two_hop import two_hop_examples

@@ -24,14 +24,20 @@ EXAMPLES = HERE.parent / "examples"
 WINDOWS = {"checkpoint": 64, "llama": 64, "two_hop": 64}
 BUDGETS = ("1/8", "1/4", "1/2")
 CHEAP = (
-    "uniform,random,nll:bootstrap=0,nll:mode=remove:bootstrap=0,nll:mode=greedy,"
-    "kl:bootstrap=0,kl:mode=remove:bootstrap=0,fisher,beam,halo,halo:mode=faithful,lazy,razor,"
+    "uniform,random,nll:mode=add:bootstrap=0,nll:mode=remove:bootstrap=0,nll:mode=greedy,"
+    "kl:mode=add:bootstrap=0,kl:mode=remove:bootstrap=0,fisher,beam,halo,halo:mode=faithful,lazy,razor,"
     "retrieval_head,hydrahead"
 )
 TRAINED = (
     "flashmorph:steps={n},flashmorph:align_on=residual:steps={n},duo:steps={n},consa:steps={n}"
 )
-SWAPPED = ("nll mode=greedy", "nll bootstrap=0", "nll mode=remove bootstrap=0", "kl mode=remove bootstrap=0", "fisher")
+SWAPPED = (
+    "nll mode=greedy",
+    "nll mode=add bootstrap=0",
+    "nll mode=remove bootstrap=0",
+    "kl mode=remove bootstrap=0",
+    "fisher",
+)
 
 
 def two_hop_questions(section: Any, corpus: Any, tokenizer: Any, seed: int, held_out: bool) -> Any:

@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from morph import data
 
@@ -56,16 +56,21 @@ def needle_set(tokenizer, haystack, length: int, count: int, task: str = "multik
     )
 
 
-def with_window(source: Qwen3ForCausalLM, full: tuple[int, ...]) -> Qwen3ForCausalLM:
-    """The same weights with the window in all layers but `full`, as plain transformers reads it."""
-    config = Qwen3Config(**source.config.to_dict())
+def with_window(source: PreTrainedModel, full: tuple[int, ...]) -> PreTrainedModel:
+    """The same weights with the window in all layers but `full`, as plain transformers reads it.
+
+    A Llama knows no window; the same weights make a Ministral, which does.
+    """
+    fields = source.config.to_dict()
+    model_type = fields.pop("model_type")
+    config = AutoConfig.for_model("ministral" if model_type == "llama" else model_type, **fields)
     config.use_sliding_window, config.sliding_window = True, WINDOW
     config.layer_types = [
         "full_attention" if layer in full else "sliding_attention"
         for layer in range(config.num_hidden_layers)
     ]
     config._attn_implementation = "sdpa"
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(source.state_dict())
     return model.eval()
 
@@ -90,7 +95,7 @@ def evaluate(path: str, held_out: list[str], length: int, count: int) -> None:
     pair_table(source, examples)
 
 
-def pair_table(source: Qwen3ForCausalLM, examples: list[data.Example]) -> None:
+def pair_table(source: PreTrainedModel, examples: list[data.Example]) -> None:
     """Print the recall of every pair of full layers, the best and the evenly spaced ones."""
     layers = range(source.config.num_hidden_layers)
     pairs = {}

@@ -30,46 +30,125 @@ class Stage:
     repeat: float = 0.0  # part of the rows that repeat random segments
     text: float = 0.0  # part of the rows that are plain text
     text_part: float = 0.5  # part of the text tokens that enter the loss
+    # One of these for each layer that does not see everything, at most a quarter of the row.
+    windows: tuple[int, ...] = (64,)
+    far: float = 0.7  # part of the steps in which only the far layers see past the window
+    rate: float = 1.0  # part of the peak learning rates
     local: float = 0.0  # part of the steps that are plain text, the window in every layer
 
 
 # Each phase has its own rise and fall of the learning rate: recall forms on short sequences,
 # then it is carried to long ones.
-PHASES = (
-    (
-        Stage(
-            steps=200, rows=16, length=64, num_words=16, num_keys=(1, 1), repeat=1.0, text_part=0.25
+PHASES = {
+    "qwen3": (
+        (
+            Stage(
+                steps=200,
+                rows=16,
+                length=64,
+                num_words=16,
+                num_keys=(1, 1),
+                repeat=1.0,
+                text_part=0.25,
+            ),
+            Stage(
+                steps=200,
+                rows=16,
+                length=128,
+                num_words=16,
+                num_keys=(2, 4),
+                repeat=0.25,
+                text_part=0.25,
+            ),
         ),
-        Stage(
-            steps=200,
-            rows=16,
-            length=128,
-            num_words=16,
-            num_keys=(2, 4),
-            repeat=0.25,
-            text_part=0.25,
+        (
+            Stage(steps=100, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
+            Stage(
+                steps=150, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2, local=0.1
+            ),
+            Stage(
+                steps=700, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2
+            ),
         ),
     ),
-    (
-        Stage(steps=100, rows=8, length=256, num_words=128, num_keys=(2, 6), text=0.1),
-        Stage(steps=150, rows=4, length=512, num_words=128, num_keys=(2, 10), text=0.2, local=0.1),
-        Stage(steps=700, rows=2, length=1024, num_words=128, num_keys=(2, 16), text=0.2, local=0.2),
+    # Wide windows in a row can pass a segment on without any lookup, narrow ones alone teach
+    # "the previous token" in a way that fails as soon as more can be seen: so they are mixed.
+    "llama": (
+        (
+            Stage(
+                steps=150,
+                rows=32,
+                length=48,
+                num_words=8,
+                num_keys=(1, 1),
+                repeat=1.0,
+                windows=(2, 4, 8),
+                far=1.0,
+            ),
+            Stage(
+                steps=200,
+                rows=12,
+                length=128,
+                num_words=32,
+                num_keys=(2, 4),
+                repeat=0.2,
+                text_part=0.1,
+                windows=(2, 4, 8, 16),
+                far=0.8,
+                rate=0.7,
+            ),
+        ),
+        (
+            Stage(
+                steps=100,
+                rows=8,
+                length=192,
+                num_words=128,
+                num_keys=(2, 5),
+                windows=(8, 16, 32),
+                text_part=0.25,
+                rate=0.4,
+            ),
+            Stage(
+                steps=200,
+                rows=4,
+                length=384,
+                num_words=128,
+                num_keys=(2, 8),
+                text=0.2,
+                local=0.1,
+                rate=0.4,
+            ),
+        ),
+        # A second rise: after the first fall 0.64 of the numbers were recalled.
+        (
+            Stage(
+                steps=250,
+                rows=4,
+                length=256,
+                num_words=128,
+                num_keys=(3, 8),
+                text=0.1,
+                far=0.6,
+                rate=0.4,
+            ),
+        ),
     ),
-)
+}
 
 
-def schedule() -> list[tuple[Stage, float]]:
+def schedule(arch: str) -> list[tuple[Stage, float]]:
     """Stage and learning-rate factor of every step.
 
     Within a phase: 20 steps up, then constant, over the last third down to a twentieth.
     """
     plan = []
-    for phase in PHASES:
+    for phase in PHASES[arch]:
         stages = [stage for stage in phase for _ in range(stage.steps)]
         total = len(stages)
         for step, stage in enumerate(stages):
             fall = 0.05 + 0.95 * (total - step) / (total / 3)
-            plan.append((stage, min(1.0, (step + 1) / 20, fall)))
+            plan.append((stage, stage.rate * min(1.0, (step + 1) / 20, fall)))
     return plan
 
 

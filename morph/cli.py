@@ -285,7 +285,7 @@ def compare(
     max_sets: Annotated[
         int,
         typer.Option(
-            "--max-sets", metavar="N", help="Try all sets of a budget where there are so many."
+            "--max-sets", metavar="N", help="Try every set of a budget where there are at most N."
         ),
     ] = 4096,
     no_swaps: NoSwaps = False,

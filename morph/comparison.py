@@ -27,7 +27,7 @@ class Entry:
     """One set that one selector chose at one budget, with what it is worth and what it cost.
 
     `loss` is measured on the examples that the choice was made on, `held_out_loss` and `recall`
-    (the share of answers right) on others; a regret is None where no best set is known.
+    (the share of answer tokens right) on others; a regret is None where no best set is known.
     `cpu_seconds` and the passes are those of this choice alone; `swaps` is None where no swap
     pass ran. Entries whose labels differ in a closing ` (seed N)` only are one row of a table.
     """

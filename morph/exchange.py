@@ -126,7 +126,7 @@ def dumps(scores: Scores, format: str, *, keep: Iterable[int] | None = None) -> 
     if scores.granularity != _NEEDS[format]:
         raise PlanError(
             f"format {format} holds {_NEEDS[format]} scores; these are per {scores.granularity}. "
-            "Choose another format, or aggregate the scores first."
+            f"Choose another format, or score with --granularity {_NEEDS[format]}."
         )
     if format == "duo_attention":
         return "".join("\t".join(map(repr, row)) + "\n" for row in scores.values)

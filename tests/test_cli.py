@@ -23,8 +23,8 @@ from morph import cli, registry
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = (
-    *("list", "show", "env", "inspect", "check", "score", "plan", "convert", "distill"),
-    *("evaluate", "verify", "run"),
+    *("list", "show", "env", "inspect", "check", "score", "plan", "compare", "convert"),
+    *("distill", "evaluate", "verify", "run"),
 )
 # Every flag there is. A new one needs a reason: could it be a value for --set instead?
 FLAGS = {
@@ -33,8 +33,11 @@ FLAGS = {
     "env": "json",
     "inspect": "health json",
     "check": "set json",
-    "score": "selector granularity mixer budget data out family seed dtype set force dry-run json",
-    "plan": "model budget mixer keep replace data no-swaps out seed set force json",
+    "score": "selector granularity mixer budget data out export stream family seed dtype set force"
+    " dry-run json",
+    "plan": "model budget mixer keep replace data no-swaps out export seed set force json",
+    "compare": "selectors budgets granularity mixer data seeds max-sets no-swaps out family seed"
+    " dtype set force json",
     "convert": "plan selector budget mixer granularity keep replace data target with-code no-swaps"
     " family seed dtype set force dry-run json",
     "distill": "teacher out data stages target seed set force dry-run json",

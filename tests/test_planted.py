@@ -43,9 +43,14 @@ class Case(NamedTuple):
 EXPECTED = {
     # The first hop of a chain is worth nothing alone and ranks among the noise, once in ten by
     # luck above it (one in seven is chance); of the redundant layout both copies come first
-    "nll add": Case("nll", {}, {"single": 10, "chain": 1, "redundant": 0}),
+    "nll add": Case("nll", {"mode": "add"}, {"single": 10, "chain": 1, "redundant": 0}),
     # The copies back each other up, but by a hair still come second
     "nll remove": Case("nll", {"mode": "remove"}, {"single": 10, "chain": 10, "redundant": 10}),
+    "kl remove": Case("kl", {"mode": "remove"}, {"single": 10, "chain": 10, "redundant": 10}),
+    # Around the source a sharp lookup has no slope, so the hop that feeds it counts for nothing,
+    # and two copies count for more than the hop they share
+    "fisher": Case("fisher", {}, {"single": 10, "chain": 0, "redundant": 0}),
+    "beam": Case("beam", {}, {"single": 10, "chain": 10, "redundant": 10}, order=True),
     "nll greedy": Case(
         "nll", {"mode": "greedy"}, {"single": 10, "chain": 10, "redundant": 10}, order=True
     ),

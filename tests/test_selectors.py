@@ -82,7 +82,7 @@ def test_only_gates_get_gradients(model, probe):
 
 
 def test_a_nudge_has_the_derivative_of_a_gate(model, probe):
-    """Nudging away from full is minus a gate's gradient at 1, though the cheap side has no graph."""
+    """A nudge away from full has minus a gate's slope at 1, though cheap has no graph."""
     batch, layer = batch_for(model), probe.candidates[0]
     gate, amount = torch.ones((), requires_grad=True), torch.zeros((), requires_grad=True)
     towards = torch.randn(16, model.config.vocab_size)

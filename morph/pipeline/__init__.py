@@ -11,6 +11,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,8 +211,19 @@ def plan_command(
     )
     write_result(out, planning.dumps(made))
     say(f"wrote {out}")
-    _export(found, exports, list(made.full_layers), say)
+    _export(_for_plan(found, made), exports, list(made.full_layers), say)
     return {**describe(made), "swaps": swaps or None}
+
+
+def _for_plan(scores: Scores, plan: Plan) -> Scores:
+    """Return the scores told of the plan's mixer: an exported window is the plan's."""
+    groups = (g for layer in plan.layers for g in layer.groups if g.mixer != "full")
+    used = next(groups, None)
+    if used is None:
+        return scores
+    told = {k: v for k, v in scores.provenance.items() if k not in ("window", "keep_first")}
+    told |= {"mixer": used.mixer, "mixer_options": dict(used.options)}
+    return replace(scores, provenance=told)
 
 
 def compare_command(

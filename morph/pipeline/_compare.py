@@ -274,6 +274,8 @@ def _compare(
     values: dict[str, list[float]] = {}
     for candidate in found:
         entries += _candidate(run, probe, judge, candidate, batches, facts, values)
+    if not entries:
+        raise PlanError(f"no selector could run. {' '.join(run.notes)}")
     best = []
     for budget in run.budgets:
         with run.remembering(probe, f"best {budget}", facts):
@@ -323,6 +325,11 @@ def _default(entries: Iterable[Entry]) -> str | None:
     return next((x for x in (f"{name} + swaps", name) if x in labels), None)
 
 
+def _looks_at_count(options: Any) -> bool:
+    """Whether a selector must run anew for every budget: its count matters in its mode."""
+    return hasattr(options, "count") and getattr(options, "mode", "greedy") == "greedy"
+
+
 def _all(probe: Morphable, granularity: Granularity) -> list[Unit]:
     from morph.selectors import _common
 
@@ -358,7 +365,7 @@ def _candidate(
                 given = replace(given, options={**given.options, "seed": seed})
             try:
                 options = _score.options_of(module, given, run.source)
-                counts = "count" in module.Options.__dataclass_fields__
+                counts = _looks_at_count(options)
                 if once is None or counts:
                     used = batches if module.NEEDS != "weights" else []
                     with run.remembering(probe, f"{label} {budget}", [*facts, options]):

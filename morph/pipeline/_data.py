@@ -111,8 +111,10 @@ def calibration(
         )
         answers = torch.ones(batch_size, section.seq_len, dtype=torch.bool)
         answers[:, 0] = False
-        count = -(-section.examples // batch_size)
-        return [Batch(ids=texts.batch(i), answers=answers) for i in range(count)]
+        left = [
+            min(batch_size, section.examples - i) for i in range(0, section.examples, batch_size)
+        ]
+        return [Batch(ids=texts.batch(i)[:n], answers=answers[:n]) for i, n in enumerate(left)]
     made = _examples(section, found, tokenizer, seed, held_out)
     return batches_of(made, section.seq_len, batch_size)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from morph.recipes.schema import Evaluate, Recipe, Select
+from morph.recipes.schema import TASKS, Evaluate, Recipe, Select
 
 Command = list[str]
 
@@ -41,12 +41,14 @@ def after_score(recipe: Recipe, out: Path, sets: Iterable[str] | None) -> Comman
 
 
 def after_compare(recipe: Recipe, found: Any, sets: Iterable[str] | None) -> Command:
-    """Return `score` with the selector, and its options, of least mean regret."""
-    rows: dict[str, list[float]] = {}
+    """Return `score` with the selector of least mean regret, the cheapest of equals."""
+    rows: dict[str, list[tuple[float, float]]] = {}
     for entry in found.entries:
         if entry.regret is not None:
-            rows.setdefault(entry.row.removesuffix(" + swaps"), []).append(entry.regret)
-    best = min(rows, key=lambda name: (sum(rows[name]) / len(rows[name]), name), default="")
+            cost = round(entry.regret, 9), entry.forwards + entry.backwards
+            rows.setdefault(entry.row.removesuffix(" + swaps"), []).append(cost)
+    means = {name: [sum(x) / len(x) for x in zip(*costs)] for name, costs in rows.items()}
+    best = min(means, key=lambda name: (means[name], name), default="")
     selector, *options = best.split(" ")
     kept = [x for x in sets or () if not x.startswith(("select.granularity", "mixer.name"))]
     named = {x.partition("=")[0].strip() for x in kept}
@@ -79,7 +81,7 @@ def after_convert(recipe: Recipe, out: Path) -> Command:
     if not recipe.data.text:
         return ["verify", str(out), "--against", recipe.model]
     select, sets = recipe.select, []
-    if select.task not in (Select().task, "text"):
+    if select.task != Select().task and select.task in TASKS:
         sets += [f"evaluate.tasks=[{select.task}]", f"evaluate.lengths=[{select.seq_len}]"]
     if recipe.evaluate != Evaluate():
         sets = []  # told by --set, which the user knows better

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -220,13 +221,18 @@ def read_plan(path: str | Path) -> Plan:
 def read_scores(path: str | Path, source: Source | None = None) -> Scores:
     """Read a scores.json, or, for a `source`, a file of another tool; see `exchange`.
 
-    Raises PlanError naming what is wrong in it.
+    Raises PlanError naming what is wrong in it, MismatchError for scores of another model.
     """
     if source is None:
         return _loaded(planning.loads_scores, path)
     from morph import exchange
 
-    return exchange.read(path, source.geometry, source.family.model_type)
+    try:
+        return exchange.read(path, source.geometry, source.family.model_type)
+    except PlanError:
+        with suppress(PlanError):  # ours, of another model: that says more than its shape
+            _check_scores(_loaded(planning.loads_scores, path), source)
+        raise
 
 
 def _loaded(loads: Callable[[str, str], T], path: str | Path) -> T:

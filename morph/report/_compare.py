@@ -180,8 +180,8 @@ def _legend(comparison: Comparison) -> list[str]:
     ]
     if any(e.held_out_regret is not None for e in c.entries):
         lines.append(
-            "In parentheses: on held-out examples. Below 0 there: better than the set that was "
-            "best on the others."
+            "In parentheses: on held-out examples, above the best set that anybody chose at that "
+            "budget."
         )
     if any(not b.exhaustive for b in c.best):
         lines.append("Where not all sets were tried the true regret may be larger.")
@@ -237,7 +237,7 @@ def _recall_blocks(comparison: Comparison) -> list[Block]:
         cells = ["-" if s is None else _share(s) for s in at]
         rows.append([_name(comparison, label, entries), *cells])
     grid = Grid(head=["", *comparison.budgets], rows=rows)
-    text = "The share of held-out questions answered right, and its range over seeds."
+    text = "The share of held-out answer tokens that are right, and its range over seeds."
     return [Heading(text="Recall"), grid, Paragraph(text=text)]
 
 

@@ -29,7 +29,7 @@ from morph.errors import PlanError
 from morph.plan import Geometry, Granularity, Scores
 from morph.selectors import _common, _gates, _single
 from morph.selectors._sweep import kl
-from morph.surgery import Batch, Morphable, answer_rows
+from morph.surgery import Batch, Morphable, answer_rows, refuse_streaming
 
 NEEDS = "forward"
 STREAMS = True
@@ -100,6 +100,7 @@ def _distilled(
     morphable: Morphable, batches: Sequence[Batch], options: Options, granularity: Granularity
 ) -> tuple[_common.Values, dict[str, Any]]:
     """Return minus the KL that is left when the mixers have adapted to one restored unit."""
+    refuse_streaming(morphable, "selector 'kl' with distill")
     parameters = morphable.cheap_parameters()
     if not parameters:
         raise PlanError(

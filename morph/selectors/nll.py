@@ -1,20 +1,21 @@
-"""Answer-token negative log-likelihood of single swaps, or greedy with re-scoring.
+"""Answer-token negative log-likelihood: what the answers lose when one unit is replaced.
 
-What it measures: how the loss on answer tokens changes when one unit is restored (`add`), made
-cheap (`remove`), or added to the set chosen so far (`greedy`, re-scored every round).
+What it measures: how the loss on answer tokens changes when one unit is made cheap (`remove`),
+restored in a model where all are cheap (`add`), or added to the set chosen so far (`greedy`,
+re-scored every round).
 Why it works: a unit that carries far recall moves exactly these tokens; text loss hardly sees it.
 Cost: L+1 forwards for L units, about half with the morphable model's reuse; greedy about K/2 times
 that. No gradients.
-Options: mode (add, remove, greedy), count (rounds of greedy; filled in from the budget), bootstrap
+Options: mode (remove, add, greedy), count (rounds of greedy; filled in from the budget), bootstrap
 (resamples of the examples for the intervals of ranks; 200).
-Known limits: `add` starts from a model in which everything is cheap and cannot see units that only
-work together; `remove` cannot see units that back each other up. Both are repaired by the
-verify-and-swap pass. Where the context fits in the window every score is zero. With few examples
-ranks are uncertain: the score file gives a 90 % interval for each, and says so where the units kept
-and the first one dropped overlap.
+Known limits: `remove` ranks units that back each other up low; `add` cannot see units that only
+work together. Both are repaired by the verify-and-swap pass, more surely from `remove`. Where the
+context fits in the window every score is zero. With few examples ranks are uncertain: the score
+file gives a 90 % interval for each.
 Reference: NLL-guided layer selection (arXiv 2606.27791), eq. 1. Deviations: the cheap mixer also
 runs on answer tokens, as it will in the converted model (the paper keeps full attention there,
-because it converts prefill only); `remove`, `greedy` and the intervals are additions.
+because it converts prefill only); the paper's mode is `add`. `remove`, the default because it was
+right far more often (RESULTS.md), `greedy` and the intervals are additions.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STREAMS = True
 class Options:
     """Options of the nll selector."""
 
-    mode: Literal["add", "remove", "greedy"] = "add"
+    mode: Literal["remove", "add", "greedy"] = "remove"
     count: int | None = None
     bootstrap: int = 200
 

@@ -19,7 +19,15 @@ from morph.surgery._graft import (
 from morph.surgery._memo import Memo
 from morph.surgery._modes import CHEAP, FULL, Fixed, Mode, Nudge, Patched, Soft
 from morph.surgery._morphable import Batch, Morphable, Run, mixer_state, morphable
-from morph.surgery._trace import Trace, answer_losses, answer_rows, answer_tokens, predicting
+from morph.surgery._streaming import StreamedLayers, refuse_streaming
+from morph.surgery._trace import (
+    Trace,
+    answer_losses,
+    answer_rows,
+    answer_tokens,
+    predicting,
+    together,
+)
 
 __all__ = [
     "CHEAP",
@@ -34,6 +42,7 @@ __all__ = [
     "Patched",
     "Run",
     "Soft",
+    "StreamedLayers",
     "Trace",
     "answer_losses",
     "answer_rows",
@@ -53,5 +62,7 @@ __all__ = [
     "morphable",
     "own_parameter_names",
     "predicting",
+    "refuse_streaming",
     "resolve_costs",
+    "together",
 ]
