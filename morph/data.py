@@ -416,7 +416,8 @@ def _passkey_example(
         raise DataError(
             f"{asked.keys} passkeys of {asked.words} words and their questions need {need} tokens, "
             f"the shortest example has {length} and the text {len(haystack)}: raise select.seq_len "
-            f"to at least {2 * need}, or lower select.task_options.keys or .words."
+            f"to at least {need * min(2, asked.intervals)}, or lower select.task_options.keys or "
+            ".words."
         )
     depths = sorted(rng.sample(range(1000), asked.keys))
     start = rng.randrange(len(haystack) - room + 1)

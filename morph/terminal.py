@@ -151,7 +151,7 @@ def part(kind: str, name: str, text: str, options: Sequence[tuple[str, str, str]
 
 def _reflowed(text: str) -> str:
     """Return a docstring at the width of the terminal; labelled and indented lines stay lines."""
-    width = shutil.get_terminal_size().columns
+    width = min(shutil.get_terminal_size().columns, 100)
     lines: list[str] = []
     for line in text.splitlines():
         starts = not line or line[0] in " -*|#" or re.match(r"[A-Z][\w' ]{1,30}:( |$)", line)
@@ -161,7 +161,7 @@ def _reflowed(text: str) -> str:
             lines[-1] += " " + line
     return "\n".join(
         line if line.startswith(" ") or len(line) < width
-        else textwrap.fill(line, min(width, 100), subsequent_indent="  ")
+        else textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
         for line in lines
     )  # fmt: skip
 

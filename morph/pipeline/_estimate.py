@@ -30,7 +30,7 @@ def estimate(recipe: Recipe, source: Source, corpus: _data.Corpus | None) -> dic
         return told
     cost = module.cost(source.geometry, options, section.granularity)
     share = min(1.0, cost.rows / section.examples) if cost.rows is not None else 1.0
-    forwards, backwards = cost.forwards * share, cost.backwards * share
+    forwards, backwards = cost.forwards * share + cost.whole, cost.backwards * share
     length = section.seq_len or 0
     told = {
         "forwards": round(forwards, 1),

@@ -77,7 +77,8 @@ def score(
             say(f"going on from {memo}: {len(probe.memo)} measurements are at hand")
         if progress is not None:
             probe.progress = progress
-        say(f"scoring with {section.selector} ({len(batches)} batches)")
+        count = f"{len(batches)} batch{'es' * (len(batches) != 1)}"
+        say(f"scoring with {section.selector} ({count})")
         batches = [batch.on(probe.device) for batch in batches]
         found = module.score(probe, batches, options, granularity=section.granularity)
         warnings = warnings_of(probe, batches, section) if module.NEEDS != "weights" else []

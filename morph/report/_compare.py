@@ -130,7 +130,8 @@ class _Folded:
 def _name(comparison: Comparison, label: str, entries: Sequence[Entry]) -> str:
     mark = " *" if label == comparison.default else ""
     kind = " (baseline)" if entries[0].selector in BASELINES else ""
-    return escape(label, 28) + mark + kind
+    swaps = " + swaps" if label.endswith(" + swaps") else ""
+    return escape(label.removesuffix(swaps), 28 - len(swaps)) + swaps + mark + kind
 
 
 def _pair(here: str, away: str) -> str:

@@ -24,12 +24,14 @@ Values = dict[Unit, float]
 class Cost:
     """What a selector will spend: whole-model forwards and ways back.
 
-    Both count passes over all calibration examples, or over `rows` of them where that is given.
+    Both count passes over all calibration examples, or over `rows` of them where that is given;
+    `whole` counts further forwards over all.
     """
 
     forwards: float
     backwards: float = 0.0
     rows: int | None = None
+    whole: float = 0.0
 
 
 def units(morphable: Morphable, granularity: Granularity) -> list[Unit]:

@@ -88,11 +88,11 @@ class Options:
 def cost(shape: Geometry, options: Options, granularity: Granularity) -> _common.Cost:
     """Both prompts, part of a forward per head, and for senders more in each of the rounds.
 
-    An upper bound: most runs end after one round, and with attention frozen forwards are cheap.
+    One round of senders, as most runs have; with attention frozen forwards are cheap.
     """
     layers, heads = shape.num_hidden_layers, shape.num_attention_heads
     share = heads * sum(layers - i for i in shape.candidates) / layers
-    rounds = options.max_rounds if options.senders else 0
+    rounds = min(1, options.max_rounds) if options.senders else 0
     return _common.Cost(forwards=3.0 + share * (1 + 1.5 * rounds))
 
 

@@ -65,8 +65,11 @@ def cost(shape: Geometry, options: Options, granularity: Granularity) -> _common
     if not options.distill:
         plain = _single.cost(shape, granularity, options.mode, options.count)
         return _common.Cost(forwards=plain.forwards + 1)
-    steps = options.distill * len(shape.candidates) * shape.units(granularity)
-    return _common.Cost(forwards=2 * steps, backwards=steps, rows=options.batch_size)
+    units = len(shape.candidates) * shape.units(granularity)
+    steps = options.distill * units
+    return _common.Cost(
+        forwards=2 * steps, backwards=steps, rows=options.batch_size, whole=2 * units
+    )
 
 
 def score(

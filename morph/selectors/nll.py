@@ -1,4 +1,4 @@
-"""Answer-token negative log-likelihood: what the answers lose when one unit is replaced.
+"""What the answers lose when one unit is made cheap: exact sweeps of the answer loss.
 
 What it measures: how the loss on answer tokens changes when one unit is made cheap (`remove`),
 restored in a model where all are cheap (`add`), or added to the set chosen so far (`greedy`,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from morph.errors import StorageError
+from morph.errors import OutputExists, StorageError
 
 Measured = list[float]
 
@@ -35,7 +35,12 @@ class Memo:
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}.") from error
         lines = text.split("\n")
-        if self._parsed(lines[0]).get("digest") != self.digest:
+        first = self._parsed(lines[0])
+        if text and not text.startswith('{"digest"'):
+            raise OutputExists(
+                f"{path} is in the way and holds no partial scores. Move it, or give another --out."
+            )
+        if first.get("digest") != self.digest:
             path.unlink(missing_ok=True)
             return
         self._cut = bool(lines[-1])
