@@ -164,7 +164,8 @@ def test_flashmorph_at_the_source_has_no_error_and_no_slope(model, align_on):
         options = flashmorph.Options(align_on=align_on)
         loss = flashmorph._distance(teacher, mixed, options)
         (slope,) = probe.gradients(loss, [gates])
-    assert float(loss.detach()) < 1e-9
+    # a KL is a difference of two log-softmaxes, each rounded to 6e-8 in float32
+    assert float(loss.detach()) < (1e-7 if align_on == "logits_kl" else 1e-9)
     assert float(slope.abs().max()) < 1e-4
 
 
