@@ -1,4 +1,4 @@
-"""What the answers lose when one unit is made cheap: exact sweeps of the answer loss.
+"""What the answers lose when one unit is made cheap: exact sweeps.
 
 What it measures: how the loss on answer tokens changes when one unit is made cheap (`remove`),
 restored in a model where all are cheap (`add`), or added to the set chosen so far (`greedy`,
