@@ -63,7 +63,7 @@ def one(args: argparse.Namespace, model: str, mixer: str, granularity: str, seed
     import torch
 
     from morph import comparison
-    from morph.pipeline import _compare
+    from morph.pipeline import _compare, _judge
     from morph.recipes import schema
 
     torch.set_num_threads(1)
@@ -86,10 +86,10 @@ def one(args: argparse.Namespace, model: str, mixer: str, granularity: str, seed
     )
     trained = TRAINED.format(n=args.steps)
     wanted = args.selectors or (CHEAP if args.steps == 0 else f"{CHEAP},{trained}")
-    swapped = (*SWAPPED, *(c.label for c in _compare.candidates(trained)))
+    swapped = (*SWAPPED, *(c.label for c in _judge.candidates(trained)))
     found = _compare.compare(
         recipe,
-        _compare.candidates(wanted),
+        _judge.candidates(wanted),
         BUDGETS,
         max_sets=4096,
         with_swaps=swapped,

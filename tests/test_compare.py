@@ -19,7 +19,7 @@ from morph import cli, surgery
 from morph import comparison as compared
 from morph.comparison import Comparison
 from morph.errors import PlanError, StorageError
-from morph.pipeline import _compare, _data, _next, _score, _select
+from morph.pipeline import _compare, _data, _judge, _next, _score, _select
 from morph.pipeline._source import Source, open_source
 from morph.recipes import schema
 from morph.surgery import Memo, Morphable
@@ -94,7 +94,7 @@ def table(
     **how: Any,
 ) -> Comparison:
     """Compare without writing anything."""
-    found = _compare.candidates(selectors)
+    found = _judge.candidates(selectors)
     return _compare.compare(recipe(place, **(sets or {})), found, budgets.split(","), **how)
 
 
@@ -299,7 +299,7 @@ def test_the_same_twice_but_for_the_clock(place: Path) -> None:
 def test_mixers_are_aligned_once_for_all(place: Path, here: Path) -> None:
     said: list[str] = []
     asked = recipe(place, mixer_name="decay", select_align="512")
-    found = _compare.candidates("nll,kl:bootstrap=0")
+    found = _judge.candidates("nll,kl:bootstrap=0")
     one = _compare.compare(asked, found, ["1/4"], out=here / "o", say=said.append)
     assert sum(line.startswith("aligning decay") for line in said) == 1
     assert [p.name[:6] for p in (here / "o").iterdir()] == ["align-"]
@@ -529,7 +529,7 @@ def test_the_pipeline_refuses_what_the_command_line_does(place: Path) -> None:
 
 
 def test_a_part_from_outside_is_named_with_its_options() -> None:
-    found = _compare.candidates("nll, some.package:thing:width=3:deep=true")
+    found = _judge.candidates("nll, some.package:thing:width=3:deep=true")
     assert [c.label for c in found] == ["nll", "some.package:thing width=3 deep=True"]
     assert found[1].selector == "some.package:thing"
     assert found[1].options == {"width": 3, "deep": True}

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from morph import comparison as comparing
 from morph import registry, selection
 from morph.comparison import Best, Comparison, Entry
-from morph.errors import MorphError, PlanError, StorageError, UsageError, escape
+from morph.errors import MorphError, PlanError, StorageError
 from morph.pipeline import _align, _data, _score, _select
+from morph.pipeline._judge import Candidate, Judge, Set, Unit
 from morph.pipeline._source import Say, Source, quiet, refuse_hybrid, refuse_nonfinite
 from morph.plan import Granularity, Scores
-from morph.recipes import _yaml
 from morph.recipes.schema import Recipe, Select
 
 if TYPE_CHECKING:
@@ -32,88 +32,9 @@ if TYPE_CHECKING:
 
     from morph.surgery import Batch, Morphable
 
-Unit = tuple[int, int]
 # (section, corpus, tokenizer, seed, held out) -> batches
 Questions = Callable[[Select, _data.Corpus, Any, int, bool], "list[Batch]"]
-Set = tuple[Unit, ...]
 SEEDS = {"random": 5}  # the control needs several
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One selector with its options, as it is named in the table."""
-
-    selector: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The name and the options that differ from the defaults."""
-        told = " ".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{self.selector} {told}".strip()
-
-
-def candidates(text: str | None) -> list[Candidate]:
-    """Return the selectors that `nll,kl:mode=remove:bootstrap=0` names; None: all there are.
-
-    A selector from outside is `package.module:object`. Raises UsageError, RecipeError and
-    UnknownName.
-    """
-    if text is None:
-        return [Candidate(selector=name) for name in registry.names("selectors")]
-    found = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, *settings = part.split(":")
-        where, options = f"--selectors {escape(part)}", {}
-        if "." in name and settings and "=" not in settings[0]:
-            name = f"{name}:{settings.pop(0)}"
-        for setting in settings:
-            key, equals, value = setting.partition("=")
-            if not equals:
-                raise UsageError(f"{where}: options are key=value, parted by colons.")
-            if key in options:
-                raise UsageError(f"{where}: {escape(key)} is given twice.")
-            options[key] = _yaml.read(value, where)[0]
-        if "." not in name:
-            registry.path("selectors", name)
-        made = Candidate(selector=name, options=options)
-        if made in found:
-            raise UsageError(f"{where}: named twice; name it once.")
-        found.append(made)
-    if not found:
-        raise UsageError("--selectors names none; give some, such as nll,fisher,uniform.")
-    return found
-
-
-@dataclass(kw_only=True)
-class Judge:
-    """Measures sets on the selection examples and on held-out ones, once each."""
-
-    probe: Morphable
-    granularity: Granularity
-    chosen_on: Sequence[Batch]
-    held_out: Sequence[Batch]
-    known: dict[str, dict[Set, float]] = field(default_factory=dict)
-
-    def losses(self, sets: Sequence[Set], measure: str = "nll", held_out: bool = False) -> list:
-        """Return the mean over answer tokens for every set."""
-        from morph.selectors._sweep import Sweep
-
-        known = self.known.setdefault(f"{measure} {held_out}", {})
-        new = sorted({s for s in sets if s not in known})
-        if new:
-            batches = self.held_out if held_out else self.chosen_on
-            sweep = Sweep(self.probe, batches, [], self.granularity, measure)
-            known.update(zip(new, sweep.means(new)))
-        return [known[s] for s in sets]
-
-    def row(self, kept: Set) -> dict[str, float]:
-        """Return loss, held-out loss and recall of one set."""
-        return {
-            "loss": self.losses([kept])[0],
-            "held_out_loss": self.losses([kept], held_out=True)[0],
-            "recall": 1 - self.losses([kept], "wrong", held_out=True)[0],
-        }
 
 
 @dataclass(kw_only=True)
