@@ -179,7 +179,7 @@ def compare_command(
     from morph import report
     from morph.pipeline import _compare, _judge
 
-    found = _judge.candidates(selectors)
+    found = _judge.with_baselines(_judge.candidates(selectors))
     wanted = [b.strip() for b in budgets.split(",") if b.strip()]
     if not wanted:
         raise UsageError("--budgets names none; give some, such as 1/8,1/4,1/2.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from morph import registry
+from morph.comparison import BASELINES
 from morph.errors import UsageError, escape
 from morph.plan import Granularity
 from morph.recipes import _yaml
@@ -62,6 +63,12 @@ def candidates(text: str | None) -> list[Candidate]:
     if not found:
         raise UsageError("--selectors names none; give some, such as nll,fisher,uniform.")
     return found
+
+
+def with_baselines(found: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates with those that look at nothing behind them: no table lacks these."""
+    named = {c.selector for c in found}
+    return [*found, *(Candidate(selector=n) for n in BASELINES if n not in named)]
 
 
 @dataclass(kw_only=True)
