@@ -61,7 +61,7 @@ EXPECTED = {
 # They train for 200 steps: ten seeds of three layouts take minutes
 TRAINED = {
     "consa": Case("consa", {}, {"single": 10, "chain": 10, "redundant": 10}),
-    # A gate is an amplitude: the copies share the load and the hop they need makes do with a quarter
+    # A gate is an amplitude: copies share the load, and the hop they need makes do with a quarter
     "flashmorph": Case("flashmorph", {}, {"single": 10, "chain": 10, "redundant": 0}),
     # Errors put in by early layers count again in every later one; hop 1 of the redundant layout
     # happens to be layer 0
