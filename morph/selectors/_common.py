@@ -13,6 +13,7 @@ import torch
 from morph.errors import PlanError
 from morph.plan import Granularity, Scores
 from morph.selectors._sweep import Sweep as Sweep
+from morph.selectors._sweep import digest as digest
 from morph.selectors._sweep import verify_and_swap as verify_and_swap
 from morph.surgery import Batch, Morphable
 
@@ -97,13 +98,6 @@ def _matrix(
 def name(unit: Unit, width: int = 2) -> str:
     """Return a unit in words; `width` units a layer."""
     return f"layer {unit[0]}" if width == 1 else f"layer {unit[0]} unit {unit[1]}"
-
-
-def digest(batch: Batch) -> str:
-    """Return a short name for the content of a batch."""
-    found = hashlib.sha256(batch.ids.cpu().numpy().tobytes())
-    found.update(batch.answers.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def need_batches(batches: Sequence[Batch], selector: str) -> None:

@@ -56,7 +56,7 @@ class Sweep:
         self.keep = frozenset(keep)
         self.batches = batches
         self.counts = torch.cat([b.answers.sum(1) for b in batches]).double().cpu()
-        self._digests = [_digest(b) for b in batches]
+        self._digests = [digest(b) for b in batches]
         self._traces: dict[int, Trace] = {}
         self._sources: dict[int, torch.Tensor] = {}
 
@@ -168,7 +168,8 @@ class Sweep:
         return self.means([keep])[0]
 
 
-def _digest(batch: Batch) -> str:
+def digest(batch: Batch) -> str:
+    """Return a short name for the content of a batch."""
     found = hashlib.sha256(batch.ids.cpu().numpy().tobytes())
     found.update(batch.answers.cpu().numpy().tobytes())
     return found.hexdigest()[:16]
