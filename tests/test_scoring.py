@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -638,3 +639,24 @@ def test_the_pipeline_refuses_before_it_reads_weights(place: Place, here: Path) 
     with pytest.raises(PlanError, match="without --stream"):
         pipeline.score_command(recipe, here / "s.json", stream=True)
     assert not list(here.iterdir())
+
+
+def test_a_training_that_stopped_early_says_so(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that turns to NaN ends the run with the last good state, and a warning where."""
+    duo = registry.load("selectors", "duo")
+    plain, seen = duo._gates.soft, []
+
+    def poisoned(morphable, gates, full=None):
+        seen.append(1)
+        return plain(morphable, gates * math.nan if len(seen) == 4 else gates, full)
+
+    monkeypatch.setattr(duo._gates, "soft", poisoned)
+    settings = [x for k, v in TINY.items() for x in ("--set", f"{k}={v}")]
+    found = good(
+        *("score", place.model, "--selector", "duo", "--data", place.text),
+        *(*settings, "--set", "selector.steps=9", "--out", tmp_path / "s.json"),
+    )
+    assert "warning: the loss is nan at step 3 of 9" in found.err
+    assert json.loads((tmp_path / "s.json").read_text())["provenance"]["stopped"]

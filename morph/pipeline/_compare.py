@@ -302,7 +302,9 @@ def _candidate(
                 flat = [scores.values[i][u] for i, u in _all(probe, run.granularity)]
                 values[candidate.label] = flat
             kept = run.kept(scores, given)
-            warning = str(scores.provenance.get("warning", ""))
+            warning = " ".join(
+                str(scores.provenance[k]) for k in ("warning", "stopped") if k in scores.provenance
+            )
             entry = Entry(
                 selector=candidate.selector, label=label, budget=budget, kept=kept, loss=0.0,
                 note=warning, **bill,

@@ -83,7 +83,7 @@ def score(
         found = module.score(probe, batches, options, granularity=section.granularity)
         warnings = warnings_of(probe, batches, section) if module.NEEDS != "weights" else []
         reused = probe.memo.loaded
-    warnings += [str(found.provenance[k]) for k in ("warning",) if k in found.provenance]
+    warnings += [str(found.provenance[k]) for k in ("warning", "stopped") if k in found.provenance]
     for warning in warnings:
         say(f"warning: {warning}")
     provenance: dict[str, Any] = {

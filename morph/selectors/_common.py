@@ -60,8 +60,8 @@ def scores(
     for unit_, value in values.items():
         if not math.isfinite(value):
             raise PlanError(
-                f"selector {selector}: the score of {name(unit_)} is {value}. The model's outputs "
-                "overflow on these examples; try --dtype float32 or other text."
+                f"selector {selector}: the score of layer {unit_[0]} unit {unit_[1]} is {value}. "
+                "The model's outputs overflow on these examples; try --dtype float32 or other text."
             )
     return Scores(
         selector=selector,
@@ -95,25 +95,10 @@ def _matrix(
     return tuple(map(tuple, found))
 
 
-def name(unit: Unit, width: int = 2) -> str:
-    """Return a unit in words; `width` units a layer."""
-    return f"layer {unit[0]}" if width == 1 else f"layer {unit[0]} unit {unit[1]}"
-
-
 def need_batches(batches: Sequence[Batch], selector: str) -> None:
     """Raise PlanError when a selector that runs the model was given nothing to run it on."""
     if not batches:
         raise PlanError(f"selector {selector!r} needs examples; give --data or a text file.")
-
-
-def need_granularity(granularity: Granularity, allowed: Sequence[str], selector: str) -> None:
-    """Raise PlanError where a selector cannot score such units."""
-    if granularity not in allowed:
-        raise PlanError(
-            f"selector {selector!r} cannot score by {granularity}; it scores by "
-            f"{' or '.join(allowed)}. Give --granularity {allowed[0]}, or choose another selector "
-            "(fisher and nll score anything)."
-        )
 
 
 def canonical(batches: Sequence[Batch]) -> list[Batch]:

@@ -70,7 +70,7 @@ def train(
     factor: Callable[[int, int], float] = cosine,
     clamp: Callable[[], None] | None = None,
 ) -> Trained:
-    """Train in place with AdamW (no weight decay); batches are taken in turn.
+    """Train in place with Adam; batches are taken in turn.
 
     `loss_at(step, batch)` is minimised by descent groups and maximised by ascent groups. A loss,
     gradient or parameter that is not finite, or explodes, ends the run with the last good state.
@@ -104,8 +104,8 @@ def train(
         if bad:
             if step == 0:
                 raise PlanError(
-                    f"selector {name}: {bad} at the first step. Give --dtype float32, other text, "
-                    "or a smaller --set selector.lr."
+                    f"selector {name.split()[0]}: {bad} at the first step. Give --dtype float32, "
+                    "other text, or a smaller --set selector.lr."
                 )
             run.stopped = f"{bad} at step {step} of {steps}; the state before it was used"
             break
