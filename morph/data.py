@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,10 +151,11 @@ def read_text(path: str | Path) -> str:
 
 def token_ids(tokenizer: Any, text: str) -> torch.LongTensor:
     """Encode a text without special tokens: LongTensor `[N]`."""
-    return torch.tensor(_encode(tokenizer, text), dtype=torch.long)
+    return torch.tensor(encode(tokenizer, text), dtype=torch.long)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text without special tokens."""
     # verbose=False: a novel is longer than any context, and that warning would be noise.
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
@@ -232,12 +233,12 @@ def _needle(tokenizer: Any, key: str, value: str) -> Needle:
     question = QUESTION.format(key=key)
     # Some tokenizers give the space before the value its own token, others merge the two: the
     # answer is what the value adds to the question, so the common prefix decides.
-    head = _encode(tokenizer, question + " ")
-    full = _encode(tokenizer, f"{question} {value}")
-    start = _common([head, full])
+    head = encode(tokenizer, question + " ")
+    full = encode(tokenizer, f"{question} {value}")
+    start = common_prefix([head, full])
     return Needle(
         key=key,
-        statement=tuple(_encode(tokenizer, STATEMENT.format(key=key, value=value))),
+        statement=tuple(encode(tokenizer, STATEMENT.format(key=key, value=value))),
         question=tuple(full[:start]),
         answer=tuple(full[start:]),
     )
@@ -279,7 +280,7 @@ def needle_examples(
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise DataError(f"depths {list(depths)}: give at least one number in [0, 1]")
     if task == "single_1":
-        noise = _encode(tokenizer, NOISE)
+        noise = encode(tokenizer, NOISE)
         haystack = noise * (length // len(noise) + 2)
     elif haystack_ids is None:
         raise DataError(f"needle task {task!r} needs a text to hide in")
@@ -306,7 +307,7 @@ def _needle_example(
 ) -> Example:
     asked, others = needles[0], needles[1:]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    intro = bos + _encode(tokenizer, INTRO)
+    intro = bos + encode(tokenizer, INTRO)
     tail = [*asked.question, *asked.answer]
     room = length - len(intro) - len(tail) - sum(len(needle.statement) for needle in needles)
     if room < 0:
@@ -339,105 +340,6 @@ def _needle_example(
     )
 
 
-# --- Passkeys -----------------------------------------------------------------------------------
-
-PASSKEY = "\n\nRemember the {nth} passkey: {words}.\n\n"
-ASK_PASSKEY = "\n\nWhich is the {nth} passkey? The {nth} passkey:"
-NTH = "first second third fourth fifth sixth seventh eighth ninth tenth".split()  # noqa: SIM905
-RADIO = (  # noqa: SIM905
-    "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar "
-    "papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu"
-).split()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passkeys:
-    """How the passkey task is made: `keys` facts of `words` radio words each, all asked at the end.
-
-    `label_span` `answer` scores the passkeys alone, `tail` the questions between them too. Lengths
-    are `intervals` equally spaced ones, from half the longest on.
-    """
-
-    keys: int = 10
-    words: int = 32
-    label_span: Literal["answer", "tail"] = "answer"
-    intervals: int = 4
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.keys <= len(NTH) or self.words < 1 or self.intervals < 1:
-            raise DataError(
-                f"passkeys: keys is {self.keys}, words {self.words}, intervals {self.intervals}; "
-                f"keys lie in 1-{len(NTH)}, the others are at least 1."
-            )
-
-
-def passkey_examples(
-    tokenizer: Any,
-    haystack_ids: torch.Tensor,
-    *,
-    length: int,
-    count: int,
-    seed: int,
-    options: Passkeys | None = None,
-) -> list[Example]:
-    """Build examples of at most `length` tokens: passkeys strewn in a text, all asked for later.
-
-    The recipe of DuoAttention's training data (arXiv 2410.10819, section 3.1 and its code), which
-    FlashMorph describes too; the wording is ours. Depths are distinct, of 1000 between 0.05 and
-    0.95. Example i depends on seed and i only. Raises DataError where it does not fit the length.
-    """
-    asked = options or Passkeys()
-    haystack = haystack_ids.tolist()
-    found = []
-    for index in range(count):
-        rng = random.Random(f"{seed}/passkeys/{index}")
-        step = index % asked.intervals
-        share = 1.0 if asked.intervals == 1 else 0.5 + 0.5 * step / (asked.intervals - 1)
-        found.append(_passkey_example(tokenizer, haystack, round(length * share), asked, rng))
-    return found
-
-
-def _passkey_example(
-    tokenizer: Any, haystack: list[int], length: int, asked: Passkeys, rng: random.Random
-) -> Example:
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    facts, tail, spans = [], list[int](), []
-    for nth in NTH[: asked.keys]:
-        words = " ".join(rng.choices(RADIO, k=asked.words))
-        facts.append(_encode(tokenizer, PASSKEY.format(nth=nth, words=words)))
-        question = ASK_PASSKEY.format(nth=nth)
-        full = _encode(tokenizer, f"{question} {words}")
-        start = _common([_encode(tokenizer, question + " "), full])
-        spans.append((len(tail) + start, len(tail) + len(full)))
-        tail += full
-    room = length - len(bos) - len(tail) - sum(map(len, facts))
-    if room < 0 or len(haystack) < room:
-        need = length - room
-        raise DataError(
-            f"{asked.keys} passkeys of {asked.words} words and their questions need {need} tokens, "
-            f"the shortest example has {length} and the text {len(haystack)}: raise select.seq_len "
-            f"to at least {need * min(2, asked.intervals)}, or lower select.task_options.keys or "
-            ".words."
-        )
-    depths = sorted(rng.sample(range(1000), asked.keys))
-    start = rng.randrange(len(haystack) - room + 1)
-    offsets = [round((0.05 + 0.9 * d / 999) * room) for d in depths]
-    ids = bos + hide(haystack[start : start + room], facts, offsets)
-    at = len(ids)
-    placed = tuple((at + a, at + b) for a, b in spans)
-    if asked.label_span == "tail":
-        placed = ((placed[0][0], at + len(tail)),)
-    return Example(
-        ids=tuple(ids + tail),
-        answer_start=placed[0][0],
-        depth=0.05 + 0.9 * depths[0] / 999,
-        task="passkeys",
-        length=at + len(tail),
-        needle_start=len(bos) + offsets[0],
-        spans=placed,
-    )
-
-
 # --- Names in stories ---------------------------------------------------------------------------
 
 
@@ -448,11 +350,11 @@ def hero_tokens(tokenizer: Any, candidates: Sequence[str] = HERO_NAMES) -> dict[
     names of several tokens whose first token tells them from all others.
     """
     found: dict[str, int] = {}
-    before = _encode(tokenizer, "and ")
+    before = encode(tokenizer, "and ")
     first = {}
     for name in candidates:
-        ids = _encode(tokenizer, f"and {name} went")
-        first[name] = ids[_common([ids, before])]
+        ids = encode(tokenizer, f"and {name} went")
+        first[name] = ids[common_prefix([ids, before])]
     for single in (True, False):
         for name, token in first.items():
             text = tokenizer.decode([token]).strip()
@@ -463,7 +365,7 @@ def hero_tokens(tokenizer: Any, candidates: Sequence[str] = HERO_NAMES) -> dict[
     return found
 
 
-def _common(rows: Sequence[Sequence[int]]) -> int:
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix."""
     shared = 0
     for column in zip(*rows):
@@ -534,10 +436,10 @@ def _name_example(
     name = rng.choice(free)
     renamed = re.sub(rf"\b{hero}\b", name, story)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    full = _encode(tokenizer, renamed)
+    full = encode(tokenizer, renamed)
     # Where a mention starts in tokens: what the text before it and the whole have in common.
     mentions = [
-        len(bos) + _common([full, _encode(tokenizer, renamed[: match.start()])])
+        len(bos) + common_prefix([full, encode(tokenizer, renamed[: match.start()])])
         for match in re.finditer(rf"\b{name}\b", renamed)
     ]
     ids = bos + full

@@ -122,7 +122,7 @@ def calibration(
 def _examples(
     section: Select, found: Corpus, tokenizer: Any, seed: int, held_out: bool
 ) -> list[Example]:
-    from morph import data
+    from morph import data, passkeys
     from morph.errors import nearest
 
     if section.task == "name_recall":
@@ -134,14 +134,14 @@ def _examples(
             max_length=section.seq_len,
         )
     if section.task == "passkeys":
-        return data.passkey_examples(
+        return passkeys.passkey_examples(
             tokenizer,
             found.held_out if held_out else found.train,
             length=section.seq_len,
             count=section.examples,
             seed=seed,
             options=strict.build(
-                data.Passkeys, section.task_options, "select.task_options", DataError
+                passkeys.Passkeys, section.task_options, "select.task_options", DataError
             ),
         )
     if section.task not in data.NEEDLE_TASKS:
