@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from morph.surgery import Batch, Morphable
 
-UNABLE = 0.1  # a source that answers fewer of its questions than this has no recall to keep
+# A source that gets fewer answer tokens right than this, and whose answers lose less than so many
+# nats when everything is replaced, has no recall to keep
+UNABLE, WORTHLESS = 0.1, 0.1
 
 
 def score(
@@ -173,7 +175,10 @@ def warnings_of(probe: Morphable, batches: Sequence[Batch], section: Select) -> 
         return found
     everything = [(i, 0) for i in probe.candidates]
     right = 1 - Sweep(probe, batches, everything, "layer", "wrong").base
-    if right < UNABLE:
+    if right >= UNABLE:
+        return found
+    full, cheap = Sweep(probe, batches, everything, "layer").means([everything, []])
+    if cheap - full < WORTHLESS:
         found.append(
             f"the source itself gets only {right:.0%} of the answer tokens of {section.task} "
             "right: it has no recall that a selector could keep. Score on plain text instead: "
