@@ -660,3 +660,21 @@ def test_a_training_that_stopped_early_says_so(
     )
     assert "warning: the loss is nan at step 3 of 9" in found.err
     assert json.loads((tmp_path / "s.json").read_text())["provenance"]["stopped"]
+
+
+def test_a_plan_says_what_floor_the_method_keeps(place: Place, tmp_path: Path) -> None:
+    """HydraHead keeps a full head in every layer; the budget has to ask for it."""
+    file = tmp_path / "s.json"
+    uniform = ("score", place.model, "--selector", "uniform", "--granularity", "head")
+    good(*uniform, "--out", file)
+    told = json.loads(file.read_text())
+    told["provenance"]["min_full_per_layer"] = 1
+    file.write_text(json.dumps(told))
+    plan = ("plan", file, "--model", place.model, "--budget", "1/2", "--force")
+    asked = good(*plan, "--out", tmp_path / "p.json")
+    assert "--set select.min_full_per_layer=1" in asked.err
+    floor = ("--set", "select.min_full_per_layer=1")
+    kept = good(*plan, *floor, "--out", tmp_path / "p.json")
+    assert "at least 1 full" not in kept.err
+    made = planning.loads_plan((tmp_path / "p.json").read_text())
+    assert all(any(g.mixer == "full" for g in layer.groups) for layer in made.layers)

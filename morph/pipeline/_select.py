@@ -96,7 +96,10 @@ def make_plan(
     heads = tuple(range(source.geometry.num_attention_heads))
     group = planning.HeadGroup(mixer=mixer.name, heads=heads, options=mixer.options)
     options, cache = surgery.group_cost(group, source.geometry, source.geometry.candidates[0])
-    for warning in _mismatches(scores, mixer.name, options, len(keep)):
+    for warning in [
+        *_mismatches(scores, mixer.name, options, len(keep)),
+        *_below_floor(scores, budget),
+    ]:
         say(f"warning: {warning}")
     report: dict[str, Any] = {}
     chosen_blindly = scores.selector in ("uniform", "random")
@@ -131,6 +134,19 @@ def make_plan(
         cache=cache,
     )
     return surgery.resolve_costs(plan), report
+
+
+def _below_floor(scores: Scores, budget: Budget) -> list[str]:
+    """Return that a method wants more full heads in every layer than the budget asks for."""
+    wanted = scores.provenance.get("min_full_per_layer")
+    if scores.granularity == "layer" or not isinstance(wanted, int):
+        return []
+    if wanted <= budget.min_full_per_layer:
+        return []
+    return [
+        f"{escape(scores.selector)} keeps at least {wanted} full in every layer; give "
+        f"--set select.min_full_per_layer={wanted} to do so."
+    ]
 
 
 def _mismatches(scores: Scores, mixer: str, options: Mapping[str, Any], count: int) -> list[str]:

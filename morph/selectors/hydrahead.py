@@ -27,7 +27,7 @@ all tokens: reach 0), since heads that pass the needle on to its neighbours need
 where the window covers the text every score is zero. In path patching receivers hear each
 other, the sender's own direct effect is left out, and everything that is not selected stays frozen
 (the paper's bookkeeping is not public). The constrained screening, at least one full head in every
-layer, is part of the budget: `min_full_per_layer: 1`, as the provenance suggests. A KV head or
+layer, is part of the budget: `min_full_per_layer: 1`, as `morph plan` says. A KV head or
 layer scores the largest of its query heads.
 """
 
