@@ -185,12 +185,13 @@ def _compare(
 ) -> Comparison:
     recipe, section = run.recipe, run.recipe.select
     judge = Judge(probe=probe, granularity=run.granularity, chosen_on=batches, held_out=held_out)
-    for warning in _score.warnings_of(probe, batches, section):
-        run.say(f"warning: {warning}")
-        run.notes.append(warning)
     facts = [run.source.checkpoint.fingerprint, _score.data_digest(batches), recipe.mixer]
     facts += [run.granularity, _score.data_digest(held_out), section.align, recipe.dtype]
     facts += [run.source.family.model_type, run.corpus.sha256, recipe.seed]
+    with run.remembering(probe, "warnings", facts):
+        run.notes += _score.warnings_of(probe, batches, section)
+    for warning in run.notes:
+        run.say(f"warning: {warning}")
     entries: list[Entry] = []
     values: dict[str, list[float]] = {}
     for candidate in found:
