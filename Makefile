@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CANDIDATES := $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14 python
 
-.PHONY: help demo test slow gpu lint format bench install clean
+.PHONY: help demo test slow gpu lint format bench bench-gpu install clean
 
 help:
 	@echo "make demo     turn the small checkpoint of this repository into a hybrid, and compare"
 	@echo "make test     the fast tests            make slow    the slow ones"
 	@echo "make gpu      the tests that need CUDA  make lint    ruff and mypy"
 	@echo "make bench    the benchmarks            make format  let ruff rewrite the sources"
+	@echo "make bench-gpu  the GPU kernels beside others, and the tests that need CUDA"
 	@echo "make install  only make $(VENV)         make clean   remove $(VENV) and the caches"
 
 demo: $(STAMP)
@@ -39,7 +40,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in benchmarks/bench_[!g]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/bench_gpu.py
 
 install: $(STAMP)
 

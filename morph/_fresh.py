@@ -45,7 +45,7 @@ def main() -> None:
     layers = []
     base = model.base_model
     for i, layer in enumerate(base.layers):
-        attention = layer.self_attn
+        attention = getattr(layer, "self_attn", None)  # a stock layer may have something else
         entry = {
             "attention": type(attention).__name__,
             "sliding_window": getattr(attention, "sliding_window", None),

@@ -19,6 +19,7 @@ from morph import registry, strict, surgery
 from morph.errors import CheckpointError
 from morph.families._family import Family
 from morph.families._lookup import family_of
+from morph.mixers._hybrid import HybridAttention
 from morph.plan import Plan
 
 PREFIX = "morph_"
@@ -41,20 +42,19 @@ class _Morph:
         """Initialise as transformers does, then give mixers' missing tensors their start values."""
         super().initialize_weights()  # type: ignore[misc]
         for module in surgery.hybrid_layers(self).values():  # type: ignore[arg-type]
-            _reset_missing(module.mixers)
+            _reset_missing(module)
 
 
-def _reset_missing(mixers: nn.ModuleList) -> None:
+def _reset_missing(hybrid: HybridAttention) -> None:
     """Call every `reset_parameters`, keeping the tensors that a checkpoint has already filled."""
     loaded = {
         name: p.detach().clone()
-        for name, p in mixers.named_parameters()
+        for name, p in hybrid.own_parameters()
         if getattr(p, "_is_hf_initialized", False)
     }
-    for mixer in mixers:
-        mixer.reset_parameters()
+    hybrid.reset_parameters()
     with torch.no_grad():
-        for name, parameter in mixers.named_parameters():
+        for name, parameter in hybrid.own_parameters():
             if name in loaded:
                 parameter.copy_(loaded[name])
 
@@ -161,7 +161,8 @@ def hybrid(source: nn.Module, plan: Plan) -> nn.Module:
         _put(made, name, tensor)
     base = surgery.base_of(source)
     for i, module in surgery.hybrid_layers(made).items():
-        module.mixers.to_empty(device=first.device)
+        for own in module.own.values():
+            own.to_empty(device=first.device)
         module.reset_parameters()
         for mixer in module.mixers:
             mixer.inherit(surgery.attention_of(base, family, i))

@@ -19,6 +19,7 @@ from morph import strict
 from morph.errors import PlanError
 
 Granularity = Literal["layer", "kv_head", "head"]
+Fusion = Literal["none", "scale"]
 Unit = int | tuple[int, int]
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 STATE_BYTES = 4  # recurrent states are kept in float32 whatever the model's dtype
@@ -97,12 +98,19 @@ class CacheCost:
     """What a mixer keeps between tokens.
 
     `tokens` is how many KV entries it holds at most (None: all of them), `per_token` multiplies
-    the size of an entry, `state_elements` counts constant float32 elements per query head.
+    the size of an entry, `state_elements` counts constant float32 elements per query head and
+    `kv_state_elements` those per KV head that the group is handed.
     """
 
     tokens: int | None = None
     per_token: float = 1.0
     state_elements: int = 0
+    kv_state_elements: int = 0
+
+    def state_bytes(self, num_heads: int, num_key_value_heads: int) -> int:
+        """Return the constant bytes of a group of that many query and KV heads."""
+        elements = self.state_elements * num_heads + self.kv_state_elements * num_key_value_heads
+        return STATE_BYTES * elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +131,14 @@ class HeadGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Head groups that partition the query heads of one layer; one group is a uniform layer."""
+    """Head groups that partition the query heads of one layer; one group is a uniform layer.
+
+    `fusion` is what joins them: `none` hands every head's output on as it is, `scale` brings each
+    to unit root mean square and multiplies it by a learned gain per head, as HydraHead does.
+    """
 
     groups: tuple[HeadGroup, ...]
+    fusion: Fusion = "none"
 
     @property
     def is_full(self) -> bool:
@@ -344,7 +357,7 @@ class Plan:
                 tokens = min(b for b in bounds if b is not None)
                 kv_heads = len(shape.kv_heads(group.heads))
                 total += tokens * cost.per_token * kv_heads * entry
-                total += cost.state_elements * STATE_BYTES * len(group.heads)
+                total += cost.state_bytes(len(group.heads), kv_heads)
         return round(total)
 
 

@@ -54,7 +54,7 @@ def cast(inputs: dict[str, Any], dtype: torch.dtype, gradients: bool = False) ->
     def one(name: str, x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
-        gate = name == "g" and dtype in (torch.bfloat16, torch.float16)
+        gate = name in ("g", "beta") and dtype in (torch.bfloat16, torch.float16)
         x = x.detach().to(torch.float32 if gate else dtype).clone()
         return x.requires_grad_(gradients)
 
@@ -166,7 +166,8 @@ def test_a_padded_row_is_the_row_alone(name: str, example: str, side: str) -> No
     real[0] = False
     real[0, own] = True
     both, _ = kernel.module.forward(**inputs, padding=real)
-    row = {n: x[:1] if n in "qkv" or (n == "g" and x.ndim == 3) else x for n, x in inputs.items()}
+    batched = {n for n, x in inputs.items() if isinstance(x, torch.Tensor) and x.ndim > 2}
+    row = {n: x[:1] if n in batched else x for n, x in inputs.items()}
     alone, _ = kernel.module.forward(**part(row, own.start, own.stop))
     assert_close("padded row", alone[0], both[0, own])
     whole, _ = kernel.module.forward(**inputs)

@@ -259,7 +259,8 @@ def test_parameters_are_born_in_the_default_dtype(
 @each_case
 def test_gradients_reach_every_parameter_and_input(name: str, variant: str) -> None:
     mixer = make(name, variant)
-    x = inputs()
+    exact = mixer.exact_prefix(mixer.options)  # up to there some parameters have no part in it
+    x = inputs(tokens=max(T, exact + 10) if exact < 1000 else T)
     leaves = {n: getattr(x, n).requires_grad_() for n in ("q", "k", "v")}
     o = mixer(x)
     o.backward(torch.randn_like(o))
@@ -302,10 +303,21 @@ def test_costs_and_gates_make_sense(name: str, variant: str) -> None:
 
 def test_parameter_names_are_those_of_written_checkpoints() -> None:
     """Renaming one breaks every checkpoint that has it: add a migration first."""
-    assert {n: parameter_names(n) for n in ("full", "sliding", "decay")} == {
+    conv = {"conv.q", "conv.k", "conv.v"}
+    delta = {"A_log", "dt_bias", "b_weight", "norm_weight"}
+    mamba2 = conv | {"dt_weight", "dt_bias", "A_log", "D", "z_weight", "z_bias", "norm_weight"}
+    assert {n: parameter_names(n) for n in registry.names("mixers")} == {
         "full": set(),
         "sliding": {"sinks"},
-        "decay": {"g", "gate_weight", "norm_weight"},
+        "nope": {"z_weight", "z_bias"},
+        "decay": {"g", "gate_weight", "norm_weight", "q_weight", "k_weight"},
+        "gated_delta": conv | delta | {"a_weight", "z_weight"},
+        "kda": conv | delta | {"f_down", "f_up", "b_bias", "z_weight", "z_bias"},
+        "gla": {"f_down", "f_up", "f_bias", "z_weight", "norm_weight"},
+        "mamba2": mamba2,
+        "hedgehog": {"q_map", "k_map", "mix"},
+        "hola": delta | {"a_weight", "mix_state", "mix_cache", "sinks"},
+        "parallel": {"gain_full", "gain_branch"} | {f"branch.{n}" for n in mamba2},
     }
 
 

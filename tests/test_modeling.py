@@ -297,15 +297,6 @@ def test_a_plan_for_another_shape_is_refused():
         surgery.graft(other, surgery.family_of(other.config.to_dict()), plan_for(small, "sliding"))
 
 
-def test_packed_sequences_are_refused_rather_than_run_together():
-    model = tiny_model("llama")
-    hybrid = modeling.hybrid(model, plan_for(model, "sliding"))
-    ids = ids_for(model, 1, 10)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
-    with pytest.raises(MismatchError, match="packed"):
-        hybrid(ids, position_ids=positions, use_cache=False)
-
-
 def test_importing_morph_registers_by_name():
     assert morph.__version__
     config_class = modeling.classes("qwen3")[0]

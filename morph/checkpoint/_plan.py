@@ -17,7 +17,7 @@ from morph.checkpoint._format import (
     encode_header,
     natural,
 )
-from morph.checkpoint._read import Checkpoint
+from morph.checkpoint._read import Checkpoint, to_float
 from morph.errors import CheckpointError, escape, nearest
 
 if TYPE_CHECKING:  # loaded where arrays are at hand, so that `morph inspect` starts fast
@@ -37,6 +37,12 @@ class MoveLike(Protocol):
     def shape(self) -> tuple[int, ...] | None: ...
     @property
     def fill(self) -> float: ...
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+    @property
+    def make(self) -> Callable[[list[np.ndarray]], np.ndarray] | None: ...
+    @property
+    def exact(self) -> bool: ...
 
 
 # bytes, an array (bfloat16 as uint16), a place in another file, or a function that gives bytes
@@ -84,29 +90,33 @@ def plan_shards(
     replaced: Mapping[str, NewTensor],
     dropped: Mapping[str, str],
     max_shard_bytes: int,
+    given: Mapping[str, NewTensor] | None = None,
 ) -> tuple[Shard, ...]:
     """Return the output files: one per source shard, and the new tensors in or after the last.
 
-    Raises CheckpointError for a source tensor that is neither copied, replaced nor dropped by
-    name, and for moves, replacements or new tensors that contradict each other or the source.
+    `given` are values, in memory, that the moves read instead of the checkpoint's, or that it does
+    not have. Raises CheckpointError for a source tensor that is neither copied, replaced nor
+    dropped by name, and for moves, replacements or new tensors that contradict each other or the
+    source.
     """
+    inputs = _Inputs(source, given or {})
     homes = {shard: i for i, shard in enumerate(source.shards)}
     groups: list[list[tuple[tuple[int, int], Piece]]] = [[] for _ in homes]
     loose: list[Piece] = []
     targets: dict[str, Piece] = {}
-    for move in _moves(source, moves, dropped):
+    for move in _moves(inputs, moves, dropped):
         if move.target in targets:
             raise CheckpointError(f"two moves make tensor '{escape(move.target)}'.")
-        piece = _moved(source, move)
+        piece = _moved(inputs, move)
         if move.target in replaced:
             piece = _replacement(piece, replaced[move.target])
         targets[move.target] = piece
-        if move.source is None:
-            loose.append(piece)
+        stored = [source.tensors[n] for n in _reads(move) if n in source.tensors]
+        if stored:
+            order = (stored[0].start, (move.rows or (0, 0))[0])
+            groups[homes[stored[0].file.name]].append((order, piece))
         else:
-            info = source.info(move.source)
-            order = (info.start, (move.rows or (0, 0))[0])
-            groups[homes[info.file.name]].append((order, piece))
+            loose.append(piece)
     _check_names(targets, new_tensors, replaced)
     loose += [_given(n, *new_tensors[n]) for n in sorted(new_tensors)]
     shards = [[p for _, p in sorted(g, key=lambda e: (e[0], e[1].target))] for g in groups]
@@ -122,6 +132,60 @@ def plan_shards(
     )
 
 
+def kept_pieces(
+    source: Checkpoint, moves: Sequence[MoveLike] | None, dropped: Mapping[str, str]
+) -> list[Piece]:
+    """Return the pieces whose bytes the moves take from the source as they are."""
+    if moves is None:
+        moves = [_Same(n, n) for n in source.tensors if n not in dropped]
+    inputs = _Inputs(source, {})
+    return [_moved(inputs, m) for m in moves if m.make is None and m.source in source.tensors]
+
+
+class _Inputs:
+    """What moves read: the source checkpoint, and values given in place of its own or beside."""
+
+    def __init__(self, source: Checkpoint, given: Mapping[str, NewTensor]) -> None:
+        self.source, self.given = source, {n: _given(n, *given[n]) for n in given}
+        for name, piece in self.given.items():
+            if callable(piece.data) or isinstance(piece.data, TensorInfo):
+                raise CheckpointError(f"tensor '{escape(name)}' is given, but not in memory.")
+            if name in source.tensors and source.tensors[name].shape != piece.shape:
+                raise CheckpointError(
+                    f"tensor '{escape(name)}' is given with shape {list(piece.shape)}; the source "
+                    f"has {list(source.tensors[name].shape)}."
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors that must go somewhere: the source's, then the given ones beside."""
+        return [*self.source.tensors, *(n for n in self.given if n not in self.source.tensors)]
+
+    def about(self, name: str) -> Piece | TensorInfo:
+        """Return a tensor's dtype and shape; raise CheckpointError where there is none."""
+        return self.given[name] if name in self.given else self.source.info(name)
+
+    def values(self, name: str) -> np.ndarray:
+        """Return a tensor as float32 (float64 stays)."""
+        import numpy as np
+
+        if name not in self.given:
+            return self.source.read_float(name)
+        piece = self.given[name]
+        flat = np.frombuffer(_held(piece), NUMPY[piece.dtype])
+        return to_float(piece.dtype, flat.reshape(piece.shape))
+
+
+def _held(piece: Piece) -> memoryview:
+    """Return the bytes of a piece that is in memory."""
+    import numpy as np
+
+    data: Any = piece.data
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return memoryview(data).cast("B")
+
+
 @dataclass(frozen=True)
 class _Same:
     """The move that keeps a tensor as it is."""
@@ -131,28 +195,39 @@ class _Same:
     rows: tuple[int, int] | None = None
     shape: tuple[int, ...] | None = None
     fill: float = 0.0
+    sources: tuple[str, ...] = ()
+    make: None = None
+    exact: bool = False
+
+
+def _reads(move: MoveLike) -> tuple[str, ...]:
+    """Return the names of the tensors that a move takes values from."""
+    if move.make is not None:
+        return move.sources
+    return () if move.source is None else (move.source,)
 
 
 def _moves(
-    source: Checkpoint, moves: Sequence[MoveLike] | None, dropped: Mapping[str, str]
+    inputs: _Inputs, moves: Sequence[MoveLike] | None, dropped: Mapping[str, str]
 ) -> Sequence[MoveLike]:
-    """Return the moves, after checking that they and `dropped` account for every source tensor."""
+    """Return the moves, after checking that they and `dropped` account for every tensor."""
     for name, reason in dropped.items():
-        source.info(name)
+        inputs.about(name)
         if not reason:
             raise CheckpointError(f"tensor '{escape(name)}' is dropped without a reason.")
     if moves is None:
-        return [_Same(n, n) for n in source.tensors if n not in dropped]
+        return [_Same(n, n) for n in inputs.names if n not in dropped]
     covered: dict[str, list[tuple[int, int]]] = {}
     for move in moves:
-        if move.source is not None:
-            info = source.info(move.source)
-            whole = (0, info.shape[0] if info.shape else 1)
-            covered.setdefault(move.source, []).append(move.rows or whole)
+        for name in _reads(move):
+            shape = inputs.about(name).shape
+            whole = (0, shape[0] if shape else 1)
+            rows = move.rows if move.make is None and move.rows else whole
+            covered.setdefault(name, []).append(rows)
     both = sorted(set(covered) & set(dropped))
     if both:
         raise CheckpointError(f"tensor '{escape(both[0])}' is both moved and dropped.")
-    lost = [n for n in source.tensors if n not in covered and n not in dropped]
+    lost = [n for n in inputs.names if n not in covered and n not in dropped]
     if lost:
         shown = ", ".join(escape(n, 80) for n in lost[:3])
         raise CheckpointError(
@@ -160,7 +235,7 @@ def _moves(
             f"{', …' if len(lost) > 3 else ''}."
         )
     for name, ranges in covered.items():
-        shape = source.tensors[name].shape
+        shape = inputs.about(name).shape
         at = 0
         for start, stop in sorted(ranges):
             if start > at:
@@ -171,17 +246,18 @@ def _moves(
     return moves
 
 
-def _moved(source: Checkpoint, move: MoveLike) -> Piece:
+def _moved(inputs: _Inputs, move: MoveLike) -> Piece:
     target = _new_name(move.target)
+    if move.make is not None:
+        return _computed(inputs, target, move)
     if move.source is None:
         if move.shape is None:
             raise CheckpointError(f"tensor '{escape(target)}': a new constant needs a shape.")
-        dtype, shape = source.main_dtype, tuple(move.shape)
+        dtype, shape = inputs.source.main_dtype, tuple(move.shape)
         return Piece(target, dtype, shape, _constant(dtype, prod(shape), move.fill))
-    info = source.info(move.source)
-    if move.rows is None:
-        shape, start, stop = info.shape, info.start, info.stop
-    else:
+    info = inputs.about(move.source)
+    shape, start, stop = info.shape, 0, info.nbytes
+    if move.rows is not None:
         first, last = move.rows
         if not info.shape or not 0 <= first <= last <= info.shape[0]:
             raise CheckpointError(
@@ -190,7 +266,7 @@ def _moved(source: Checkpoint, move: MoveLike) -> Piece:
             )
         row_bits = prod(info.shape[1:]) * BITS[info.dtype]
         shape = (last - first, *info.shape[1:])
-        start, stop = info.start + first * row_bits // 8, info.start + last * row_bits // 8
+        start, stop = first * row_bits // 8, last * row_bits // 8
     if move.shape is not None:
         if prod(move.shape) != prod(shape):
             raise CheckpointError(
@@ -198,8 +274,47 @@ def _moved(source: Checkpoint, move: MoveLike) -> Piece:
                 f"the shape {list(move.shape)}."
             )
         shape = tuple(move.shape)
-    place = TensorInfo(info.dtype, shape, info.file, start, stop)
+    if isinstance(info, Piece):
+        return Piece(target, info.dtype, shape, _held(info)[start:stop])
+    place = TensorInfo(info.dtype, shape, info.file, info.start + start, info.start + stop)
     return Piece(target, info.dtype, shape, place, move.source)
+
+
+def _computed(inputs: _Inputs, target: str, move: MoveLike) -> Piece:
+    """Return a tensor that is computed when it is written, so that one at a time is in memory."""
+    make, sources = move.make, move.sources
+    assert make is not None
+    if move.shape is None or not sources:
+        raise CheckpointError(f"tensor '{escape(target)}': to compute it, give sources and shape.")
+    shape, dtype = tuple(move.shape), inputs.about(sources[0]).dtype
+    if dtype not in ("BF16", "F16", "F32", "F64"):
+        raise CheckpointError(f"tensor '{escape(target)}': cannot compute in {dtype}.")
+
+    def values() -> np.ndarray:
+        found = make([inputs.values(name) for name in sources])
+        if found.shape != shape:
+            raise CheckpointError(
+                f"tensor '{escape(target)}' was computed with shape {list(found.shape)}, not "
+                f"{list(shape)}."
+            )
+        return found
+
+    if move.exact and BITS[dtype] == 16:
+        found = values()
+        if (to_float(dtype, from_float(dtype, found)) != found).any():
+            dtype = "F32"
+    return Piece(target, dtype, shape, lambda: from_float(dtype, values()))
+
+
+def from_float(dtype: str, array: np.ndarray) -> np.ndarray:
+    """Return numbers in a floating dtype, rounded to nearest, ties to even (bfloat16 as bits)."""
+    import numpy as np
+
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return array.astype(NUMPY[dtype])
+    bits = array.astype("<f4").view("<u4")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
 
 
 def _replacement(old: Piece, new: NewTensor) -> Piece:

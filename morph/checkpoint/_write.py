@@ -20,7 +20,7 @@ from morph.checkpoint._format import (
     open_regular,
     read_at,
 )
-from morph.checkpoint._plan import MoveLike, NewTensor, Piece, Shard, plan_shards
+from morph.checkpoint._plan import MoveLike, NewTensor, Piece, Shard, kept_pieces, plan_shards
 from morph.checkpoint._read import Checkpoint
 from morph.checkpoint._staging import Staging
 from morph.errors import CheckpointError, VerificationFailed, escape
@@ -61,6 +61,7 @@ def write_checkpoint(
     new_tensors: Mapping[str, NewTensor] | None = None,
     replaced: Mapping[str, NewTensor] | None = None,
     dropped: Mapping[str, str] | None = None,
+    given: Mapping[str, NewTensor] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     auto_map: Mapping[str, str] | None = None,
     skip_files: Iterable[str] = (),
@@ -73,12 +74,13 @@ def write_checkpoint(
 ) -> Written:
     """Write `out` from the bytes of `source`; it appears complete, or not at all.
 
-    `moves` says which rows of which source tensor each target tensor is (None: all unchanged);
-    `replaced` gives target tensors other bytes, `new_tensors` adds some, `dropped` maps source
-    tensors to the reason why they go: (dtype, shape, data), where data are bytes, an array
-    (bfloat16 as uint16), a `TensorInfo` of another checkpoint, or a function returning one of the
-    first two. `extra_files` are written as given; side files of the source are copied otherwise,
-    its README.md as README.source.md where a new one is given. `auto_map` (auto class ->
+    `moves` says which rows of which source tensor each target tensor is, or how it is computed
+    (None: all unchanged); `given` are values in memory that it reads in place of source tensors or
+    beside them. `replaced` gives target tensors other bytes, `new_tensors` adds some: (dtype,
+    shape, data), where data are bytes, an array (bfloat16 as uint16), a `TensorInfo` of another
+    checkpoint, or a function returning one of the first two. `dropped` maps source tensors to the
+    reason why they go. `extra_files` are written as given; side files of the source are copied
+    otherwise, its README.md as README.source.md where a new one is given. `auto_map` (auto class ->
     `module.Class` of an extra file) is the only key of its kind that config.json can have.
     `verify(folder)` runs on the complete hidden folder just before the rename; what it raises
     stops the write. `progress(done, total)` counts bytes.
@@ -96,6 +98,7 @@ def write_checkpoint(
         dict(replaced or {}),
         dict(dropped or {}),
         max_shard_bytes,
+        dict(given or {}),
     )
     texts = _texts(config, provenance, extra_files or {}, shards, auto_map)
     copies, not_copied = _side_copies(source, set(texts), set(skip_files))
@@ -141,14 +144,13 @@ def kept_equal(
     """Return (equal, changed, new) names of `out`'s tensors, compared with `source` byte by byte.
 
     With `moves` and `dropped` as they were written, each tensor is compared with the rows it was
-    made from. Streams both; holds two blocks of 4 MiB.
+    made from; computed ones are new. Streams both; holds two blocks of 4 MiB.
     """
     moves = None if moves is None else list(moves)
-    shards = plan_shards(source, moves, {}, {}, dict(dropped or {}), 2**62)
-    made = {p.target: p for s in shards for p in s.pieces if p.origin is not None}
+    kept = {p.target: p for p in kept_pieces(source, moves, dropped or {})}
     equal, changed, new = [], [], []
     for name, info in out.tensors.items():
-        piece = made.get(name)
+        piece = kept.get(name)
         if piece is None:
             new.append(name)
         elif _same_bytes(source, piece, out, info):

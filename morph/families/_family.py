@@ -9,20 +9,26 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from morph.errors import CheckpointError, escape
 from morph.plan import Geometry, Plan
+
+if TYPE_CHECKING:  # arrays are only at hand where tensors are computed
+    import numpy as np
 
 MAX_LAYERS = 10_000  # a hostile config must not cost memory before it is refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One tensor of the target: rows `start:stop` of a source tensor, or a new constant.
+    """One tensor of the target: rows of a source tensor, a new constant, or a computed tensor.
 
-    `source` None makes a new tensor of `shape` filled with `fill`. Everything is expressed so that
-    it can be done on bytes, without torch.
+    With `source` it is the rows `start:stop` of that one (None: all), byte for byte, under another
+    `shape` if one is given. With `make` it is what that returns for the values of `sources`, as
+    float32 arrays (float64 where stored so); it must have `shape`, and is rounded once to the dtype
+    of the first source. `exact` stores it in float32 where 16 bits cannot hold every value. With
+    neither it is a new tensor of `shape` filled with `fill`. All of it is done without torch.
     """
 
     target: str
@@ -30,6 +36,9 @@ class Move:
     rows: tuple[int, int] | None = None
     shape: tuple[int, ...] | None = None
     fill: float = 0.0
+    sources: tuple[str, ...] = ()
+    make: Callable[[list[np.ndarray]], np.ndarray] | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +47,25 @@ class StockTarget:
 
     `refuses(config, plan)` returns an empty string, or why this plan does not fit. `config(config,
     plan)` returns the whole target config.json. `moves(config, plan, names)` returns one `Move`
-    per target tensor, given the source's tensor names (None: all names unchanged).
+    per target tensor, given the source's tensor names (None: all names unchanged); `dropped(config,
+    plan, names)` maps those it leaves out to the reason. `layer_types(plan)` is what the loaded
+    config calls its layers (None: as the plan does). `notes(config, plan, read)` returns sentences
+    that the user of the result must know; `read(name)` gives a source tensor's values.
+    `undo(config, plan, read)`, given the target's, returns those that `moves` computed with: not
+    always the same numbers, always the same function.
     """
 
     model_type: str
     refuses: Callable[[Mapping[str, Any], Plan], str]
     config: Callable[[Mapping[str, Any], Plan], dict[str, Any]]
     moves: Callable[[Mapping[str, Any], Plan, tuple[str, ...]], list[Move]] | None = None
+    dropped: Callable[[Mapping[str, Any], Plan, tuple[str, ...]], dict[str, str]] | None = None
+    layer_types: Callable[[Plan], tuple[str, ...]] | None = None
+    notes: Callable[[Mapping[str, Any], Plan, Callable[[str], np.ndarray]], list[str]] | None = None
+    undo: (
+        Callable[[Mapping[str, Any], Plan, Callable[[str], np.ndarray]], dict[str, np.ndarray]]
+        | None
+    ) = None
     serve: str = ""
 
 

@@ -58,7 +58,7 @@ def complete(defaults: Config, config: Config) -> dict[str, Any]:
     return full
 
 
-def _retag(full: Config, model_type: str, causal_class: str, **fields: Any) -> dict[str, Any]:
+def retag(full: Config, model_type: str, causal_class: str, **fields: Any) -> dict[str, Any]:
     """Return a whole config.json of another architecture: every field kept, then `fields`."""
     kept = {k: v for k, v in full.items() if k not in _RESPELLED}
     kept["attention_dropout"] = kept.get("attention_dropout") or 0.0
@@ -103,7 +103,7 @@ def ministral(
     def write(config: Config, plan: Plan) -> dict[str, Any]:
         full = complete(defaults, config)
         fields = {**_rope.fields(_rope.whole(_rope.flat(full))), **_window_fields(must(plan), full)}
-        out = _retag(full, "ministral", "MinistralForCausalLM", **fields)
+        out = retag(full, "ministral", "MinistralForCausalLM", **fields)
         return {k: v for k, v in out.items() if k not in ("attention_bias", "mlp_bias")}
 
     return StockTarget(
@@ -123,7 +123,7 @@ def smollm3(defaults: Config, rotating: Callable[[Config], list[int]] | None = N
             "use_sliding_window": True,
             "no_rope_layers": list(turns),
         }
-        return _retag(full, "smollm3", "SmolLM3ForCausalLM", **fields)
+        return retag(full, "smollm3", "SmolLM3ForCausalLM", **fields)
 
     return StockTarget(model_type="smollm3", refuses=_reason, config=write, serve=VLLM)
 
@@ -158,7 +158,7 @@ def granite_swa(
                 ("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0
             )
             fields["attention_multiplier"] = full["head_dim"] ** -0.5
-        return _retag(full, "granite_swa", "GraniteSWAForCausalLM", **fields)
+        return retag(full, "granite_swa", "GraniteSWAForCausalLM", **fields)
 
     def splice(config: Config, plan: Plan, names: tuple[str, ...]) -> list[Move]:
         kept = tuple(n for n in names if not n.endswith(".self_attn.mixers.0.sinks"))
@@ -203,7 +203,7 @@ def vaultgemma(defaults: Config, moves: Moves) -> StockTarget:
             **_rope.fields(_rope.flat(full)),
             **_window_fields(must(plan), full),
         }
-        return _retag(full, "vaultgemma", "VaultGemmaForCausalLM", **fields)
+        return retag(full, "vaultgemma", "VaultGemmaForCausalLM", **fields)
 
     return StockTarget(
         model_type="vaultgemma", refuses=refuses, config=write, moves=moves, serve=VLLM_GENERIC
@@ -301,6 +301,6 @@ def _per_type(
         fields = {"rope_parameters": rope, **_window_fields(found, full)}
         if "hidden_activation" in defaults:
             fields["hidden_activation"] = full["hidden_activation"]
-        return _retag(full, model_type, causal_class, **fields)
+        return retag(full, model_type, causal_class, **fields)
 
     return StockTarget(model_type=model_type, refuses=refuses, config=write, serve=serve)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from morph.families import _stock
+from morph.families import _mamba_hosts, _stock
 from morph.families._family import Family
 
 DEFAULTS = {
@@ -56,5 +56,7 @@ FAMILY = Family(
         _stock.ministral(DEFAULTS),
         _stock.smollm3(DEFAULTS),
         _stock.granite_swa(DEFAULTS),
+        _mamba_hosts.granitemoehybrid(DEFAULTS),
+        _mamba_hosts.falcon_h1(DEFAULTS),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from morph.families import _stock, _windows
+from morph.families import _mamba_hosts, _stock, _windows
 from morph.families._family import Family
 
 DEFAULTS = {
@@ -70,5 +70,9 @@ FAMILY = Family(
     },
     defaults=DEFAULTS,
     windows=windows,
-    stock=(_stock.ministral(DEFAULTS), _stock.granite_swa(DEFAULTS)),
+    stock=(
+        _stock.ministral(DEFAULTS),
+        _stock.granite_swa(DEFAULTS),
+        _mamba_hosts.granitemoehybrid(DEFAULTS),
+    ),
 )

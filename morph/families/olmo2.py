@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from morph.families import _stock
+from morph.families import _delta_hosts, _stock
 from morph.families._family import Family
 
 DEFAULTS = {
@@ -51,5 +51,8 @@ FAMILY = Family(
     q_norm="q_norm",
     k_norm="k_norm",
     norm_scope="projection",
-    stock=(_stock.olmo3(DEFAULTS),),
+    stock=(
+        _stock.olmo3(DEFAULTS),
+        _delta_hosts.olmo_hybrid(),
+    ),
 )

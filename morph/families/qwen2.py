@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from morph.families import _stock, _windows
+from morph.families import _mamba_hosts, _stock, _windows
 from morph.families._family import Family
 
 DEFAULTS = {
@@ -60,5 +60,8 @@ FAMILY = Family(
     },
     defaults=DEFAULTS,
     windows=windows,
-    stock=(_stock.qwen("qwen2", "Qwen2ForCausalLM", DEFAULTS),),
+    stock=(
+        _stock.qwen("qwen2", "Qwen2ForCausalLM", DEFAULTS),
+        _mamba_hosts.granitemoehybrid(DEFAULTS, qkv_bias=True),
+    ),
 )

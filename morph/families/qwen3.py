@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from morph.families import _stock, _windows
+from morph.families import _delta_hosts, _stock, _windows
 from morph.families._family import Family
 
 DEFAULTS = {
@@ -65,5 +65,8 @@ FAMILY = Family(
     q_norm="q_norm",
     k_norm="k_norm",
     windows=windows,
-    stock=(_stock.qwen("qwen3", "Qwen3ForCausalLM", DEFAULTS),),
+    stock=(
+        _stock.qwen("qwen3", "Qwen3ForCausalLM", DEFAULTS),
+        _delta_hosts.qwen3_5(DEFAULTS),
+    ),
 )

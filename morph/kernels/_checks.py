@@ -8,6 +8,7 @@ import logging
 import torch
 
 from morph.errors import KernelUnavailable, UnknownName, nearest
+from morph.kernels import _triton
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger("morph.kernels")
@@ -65,14 +66,16 @@ def check_heads(name: str, tensor: torch.Tensor | None, heads: int) -> None:
 def pick(op: str, path: str | None, paths: dict[str, str]) -> str:
     """Return the path to take: the one demanded, or the first whose reason is empty.
 
-    `paths` maps each fast path to why it cannot run (empty: it can); `reference` always can.
+    `paths` maps each fast path to why it cannot run (empty: it can); `reference` always can. Triton
+    under its interpreter is slow and meant for tests, so there it must be demanded.
     Raises KernelUnavailable where a demanded path cannot run, UnknownName where there is no such.
     """
     if path is None:
         for name, reason in paths.items():
-            if not reason:
+            if not reason and not (name == "triton" and _triton.interpreted()):
                 return name
-            _say_once(f"{op}: not taking the {name} path: {reason}")
+            if reason:
+                say_once(f"{op}: not taking the {name} path: {reason}")
         return "reference"
     if path != "reference" and path not in paths:
         allowed = ["reference", *paths]
@@ -85,7 +88,8 @@ def pick(op: str, path: str | None, paths: dict[str, str]) -> str:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a message the first time it is said."""
     log.info(message)
 
 

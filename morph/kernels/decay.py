@@ -7,8 +7,10 @@ differ. Tokens of padding write nothing and forget nothing: a padded row is the 
 Cost: 4 T H K V + 2 T H C (K + V) flops with chunks of C tokens; a decoded token reads and writes
 the state once.
 State: [B, H, K, V] float32 (float64 where q is), whatever the dtype of q.
-Paths: chunked (products inside chunks, a recurrence between them), reference (token by token).
-Known limits: g above 0 is not refused (it would cost a synchronisation) and overflows.
+Paths: triton; fla (flash-linear-attention on a GPU, where it gives the same answer sooner); chunked
+(products inside chunks, a recurrence between them); reference (token by token).
+Known limits: g above 0 is not refused (it would cost a synchronisation) and overflows. No second
+derivatives on the triton path.
 Reference: Qin et al., Lightning Attention-2, arXiv 2401.04658; Sun et al., RetNet, 2307.08621.
 """
 
@@ -18,10 +20,11 @@ from typing import Any
 
 import torch
 
-from morph.kernels import _checks
+from morph.kernels import _checks, _fla, _triton
 
-PATHS = ("chunked",)
+PATHS = ("triton", "fla", "chunked")
 CHUNK = 64
+_TRITON_SIZE = 256  # largest K and V of the triton path
 _CPU_ELEMENTS = 1 << 17
 # Settings under which the laws of tests/test_kernels.py hold this kernel
 EXAMPLES: dict[str, dict[str, Any]] = {"per_head": {}, "per_token": {"per_token": True}}
@@ -48,7 +51,7 @@ def forward(
     KernelUnavailable where a demanded path cannot run.
     """
     _check(q, k, v, g, padding, initial_state)
-    taken = _checks.pick("decay", path, {"chunked": unsupported("chunked", q, k, v)})
+    reasons = {name: unsupported(name, q, k, v) for name in PATHS}
     batch, tokens, heads, size = q.shape
     with torch.autocast(q.device.type, enabled=False):
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -57,8 +60,9 @@ def forward(
         state = initial_state
         if state is None:
             state = torch.zeros(batch, heads, size, v.shape[3], dtype=work, device=q.device)
-        run = _reference if taken == "reference" else _chunked if tokens > 1 else _step
-        o, state = run(*_silence(q, k, v, g, real), scale, state.to(work))
+        given = (*_silence(q, k, v, g, real), scale, state.to(work))
+        by = lambda name: _run(name)(*given)
+        o, state = by(_fla.settle("decay", path, reasons, q, by))
         o = o if real is None else o.masked_fill(~real[..., None, None], 0.0)
         return o.to(q.dtype), state.to(work) if output_final_state else None
 
@@ -70,9 +74,28 @@ def reference(
     return forward(q, k, v, **options, path="reference")
 
 
-def unsupported(path: str, q: torch.Tensor, *args: Any, **options: Any) -> str:
+def unsupported(
+    path: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> str:
     """Return why `path` cannot run on these inputs, or an empty string."""
-    return _checks.float_reason(q)
+    if path != "triton":
+        return _fla.reason(q) if path == "fla" else _checks.float_reason(q)
+    sizes = q.shape[3], v.shape[3]
+    if max(sizes) > _TRITON_SIZE:
+        return f"heads of {max(sizes)} are larger than {_TRITON_SIZE}."
+    return _triton.reason(q)
+
+
+def _run(path: str) -> Any:
+    return {"reference": _reference, "triton": _fused, "fla": _foreign}.get(path, _plain)
+
+
+def _foreign(q: Any, k: Any, v: Any, g: Any, scale: float, state: Any) -> Any:
+    return _fla.run("decay", q, k, v, g=g, scale=scale, state=state)
+
+
+def _plain(q: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _chunked(q, *given) if q.shape[1] > 1 else _step(q, *given)
 
 
 def _silence(
@@ -102,6 +125,23 @@ def _reference(
         state = decay[:, t, :, None, None] * state.to(q.dtype) + new
         outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
     return torch.stack(outputs, dim=1), state
+
+
+def _fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from morph.kernels import _triton_decay
+
+    if q.shape[1] > 1:
+        return _triton_decay.chunk_decay(q, k, v, g, scale, state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, state)):
+        return _step(q, k, v, g, scale, state)
+    return _triton_decay.step_decay(q, k, v, g, scale, state)
 
 
 def _step(

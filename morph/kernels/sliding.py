@@ -9,8 +9,9 @@ the softmax's denominator and no value: o becomes o * sigmoid(logsumexp(scores) 
 GPT-OSS and granite_swa. `softcap` turns a score s into softcap * tanh(s / softcap).
 Cost: 4 T W H K flops; memory linear in T forward and backward; a decoded token reads W entries.
 State: `SlidingState`, min(tokens seen, window_size + num_sinks) keys and values, never more.
-Paths: banded (blocks of queries against the keys they reach), reference (a dense mask).
-Known limits: no second derivatives on the banded path.
+Paths: triton (on a GPU, heads of 256 at most; `_triton_sliding`), banded (blocks of queries against
+the keys they reach), reference (a dense mask).
+Known limits: no second derivatives on the triton and banded paths.
 Reference: Beltagy et al., Longformer, arXiv 2004.05150; Xiao et al., StreamingLLM, 2309.17453.
 """
 
@@ -22,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from morph.kernels import _checks
+from morph.kernels import _checks, _triton
 from morph.kernels._banded import Band, banded
 
-PATHS = ("banded",)
+PATHS = ("triton", "banded")
+_TRITON_LARGEST = 256
 # Settings under which the laws of tests/test_kernels.py hold this kernel
 EXAMPLES: dict[str, dict[str, Any]] = {
     "window": {"window_size": 7},
@@ -95,9 +97,12 @@ def forward(
     real = _checks.some_padding(padding, q.device)
     ask = _Ask(window_size, num_sinks, sink_bias, softcap, scale, real, initial_state)
     _check(k, v, ask, q.shape[2])
-    taken = _checks.pick("sliding", path, {"banded": unsupported("banded", q, k, v)})
+    taken = _checks.pick("sliding", path, {name: unsupported(name, q, k, v) for name in PATHS})
     new = _update(k, v, ask)
-    o = _reference(q, k, v, ask) if taken == "reference" else _fast(q, k, v, ask, new)
+    if taken == "reference":
+        o = _reference(q, k, v, ask)
+    else:
+        o = _fast(q, k, v, ask, new, taken == "triton")
     if not output_final_state:
         return o, None
     return o, SlidingState(_owned(new.k, k), _owned(new.v, v), new.seen)
@@ -110,9 +115,15 @@ def reference(
     return forward(q, k, v, **options, path="reference")
 
 
-def unsupported(path: str, q: torch.Tensor, *args: Any, **options: Any) -> str:
+def unsupported(
+    path: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> str:
     """Return why `path` cannot run on these inputs, or an empty string."""
-    return _checks.float_reason(q)
+    if path != "triton":
+        return _checks.float_reason(q)
+    size = max(q.shape[3], v.shape[3])
+    large = "" if size <= _TRITON_LARGEST else f"a head has size {size}; at most 256 fit."
+    return large or _triton.reason(q)
 
 
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ask: _Ask) -> torch.Tensor:
@@ -161,14 +172,26 @@ def _positions(ask: _Ask, real: torch.Tensor) -> torch.Tensor:
 
 
 def _fast(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ask: _Ask, new: SlidingState
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ask: _Ask,
+    new: SlidingState,
+    use_triton: bool,
 ) -> torch.Tensor:
     seen, total, window, state = ask.seen, ask.seen + q.shape[1], ask.window, ask.state
     held = new.k.shape[1]
     plain = ask.softcap is None and ask.sink_bias is None
-    if plain and q.shape[1] == 1 and (ask.padding is None or not ask.num_sinks or held == total):
+    split = use_triton and not _learns(q, new, ask)  # its kernel has no gradients
+    alone = q.shape[1] == 1 and (ask.padding is None or not ask.num_sinks or held == total)
+    if alone and (plain or split):
         real = None if ask.padding is None else ask.padding[:, total - held :]
-        return _decode(q, new, ask.scale, _checks.some_padding(real, q.device))
+        real = _checks.some_padding(real, q.device)
+        if split:
+            from morph.kernels._triton_sliding import triton_decode
+
+            return triton_decode(q, new.k, new.v, ask.scale, ask.softcap, ask.sink_bias, real)
+        return _decode(q, new, ask.scale, real)
     if window is not None and window >= total:
         window = None
     if plain and ask.padding is None and window is None and not seen and q.shape[3] == v.shape[3]:
@@ -193,7 +216,15 @@ def _fast(
         real=None if ask.padding is None else ask.padding[:, seen - held : total],
         sinks_at=at,
     )
-    return banded(q, k, v, band, ask.sink_bias, k_sinks, v_sinks)
+    run = banded
+    if use_triton:  # imported only here, as triton need not be installed
+        from morph.kernels._triton_sliding import triton_banded as run
+    return run(q, k, v, band, ask.sink_bias, k_sinks, v_sinks)
+
+
+def _learns(q: torch.Tensor, new: SlidingState, ask: _Ask) -> bool:
+    tensors = (q, new.k, new.v, ask.sink_bias)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _decode(

@@ -8,6 +8,7 @@ continues from what the state remembers and updates it, without one it starts fr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,8 @@ class GroupShape:
 
     `heads` are the query-head indices in the layer, `num_attention_heads` all heads of the layer,
     `window` is the source's own sliding window in tokens or None, `scale` multiplies the scores,
-    `softcap` bounds them (None: unbounded).
+    `softcap` bounds them (None: unbounded). `norm_eps` is the source's `rms_norm_eps`, for norms
+    that a stock architecture computes with it.
     """
 
     layer_idx: int
@@ -38,6 +40,7 @@ class GroupShape:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    norm_eps: float = 1e-6
 
     @property
     def num_heads(self) -> int:
@@ -49,9 +52,11 @@ class GroupShape:
 class Inputs:
     """What a mixer sees of one forward.
 
-    q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`: projected, normed, and rotated when the
-    mixer `wants` it. hidden `[B, T, D]`: the layer's input. padding `[B, P + T]` bool, True for
-    real tokens, over the `P` tokens seen before and the `T` of this call; None: all real.
+    q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`, as far on their way as the mixer `wants`
+    them: `projected`, then normed by the source's q/k norms (`raw`), then `rotated`.
+    hidden `[B, T, D]`: the layer's input. padding `[B, P + T]` bool, True for real tokens, over the
+    `P` tokens seen before and the `T` of this call; None: all real. `earlier` has q and k of every
+    stage by name, for a mixer made of others.
     """
 
     q: torch.Tensor
@@ -59,12 +64,19 @@ class Inputs:
     v: torch.Tensor
     hidden: torch.Tensor
     padding: torch.Tensor | None = None
+    earlier: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+# What the source computes for a group of heads: its inputs, and the heads' outputs [B, T, H, V]
+Seen = tuple[Inputs, torch.Tensor]
+Wants = Literal["projected", "raw", "rotated"]
 
 
 class MixerBase(nn.Module, ABC):
-    """Base of all mixers; concrete ones are final."""
+    """Base of all mixers; concrete ones are final. `wants` may be set per instance."""
 
-    wants: ClassVar[Literal["rotated", "raw"]] = "rotated"
+    wants: Wants = "rotated"
+    made_of_others: ClassVar[bool] = False  # then `Inputs.earlier` is filled for them
 
     def __init__(self, shape: GroupShape, options: Any) -> None:
         super().__init__()
@@ -89,6 +101,12 @@ class MixerBase(nn.Module, ABC):
         Called once, after `reset_parameters`, when a source model is converted.
         """
 
+    def calibrate(self, batches: Sequence[Seen]) -> None:
+        """Set the mixer's own parameters from what the source computes on a few batches.
+
+        Called once, after `inherit`, where the source can be run. The default changes nothing.
+        """
+
     @classmethod
     @abstractmethod
     def cache_cost(cls, options: Any, shape: GroupShape) -> CacheCost:
@@ -100,7 +118,7 @@ class MixerBase(nn.Module, ABC):
         cost = cls.cache_cost(options, shape)
         bounds = [b for b in (seq_len, cost.tokens, shape.window) if b is not None]
         entry = shape.num_key_value_heads * (shape.head_dim + shape.v_head_dim) * itemsize
-        recurrent = 2 * 4 * cost.state_elements * shape.num_heads
+        recurrent = 2 * cost.state_bytes(shape.num_heads, shape.num_key_value_heads)
         return round(min(bounds) * cost.per_token * entry) + recurrent
 
     @classmethod

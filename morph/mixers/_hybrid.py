@@ -1,14 +1,15 @@
 """The one module that replaces `self_attn`: source projections, and a mixer per head group.
 
 Projections, norms and rotary positions stay the source's own modules under their own names, so
-source weights load straight in. Training, prefill and decode take the same path.
+source weights load straight in. Training, prefill and decode take the same path; documents packed
+into one row are mixed each on its own, whatever the mixer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,22 +18,64 @@ from morph import registry, strict
 from morph.cache import MixerCacheLayer, State
 from morph.errors import PlanError
 from morph.families._family import Family
+from morph.mixers import _linear
 from morph.mixers._base import GroupShape, Inputs, MixerBase
+from morph.mixers._packed import Documents
 from morph.plan import Geometry, HeadGroup, LayerPlan
 
-# q, k and v without positions, then q and k rotated
-Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Projected:
+    """What the projections of one layer give: v [B, T, G, V], and q and k at each of their stages.
+
+    Stages are `projected`, `raw` (after the q/k norms) and `rotated`.
+    """
+
+    v: torch.Tensor
+    stages: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Fusion(nn.Module):
+    """Scale-normalised fusion: every head at unit root mean square, times its own `gain` [H].
+
+    Source: HydraHead (arXiv 2606.20097). Gains start at the heads' mean root mean square in the
+    source where that can be measured (`calibrate`), else at 1.
+    """
+
+    gates: ClassVar[tuple[str, ...]] = ("gain",)
+
+    def __init__(self, heads: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the heads' outputs [B, T, H, V] at their gains."""
+        return _linear.head_norm(outputs, self.eps) * self.gain.to(outputs.dtype)[:, None]
+
+    def reset_parameters(self) -> None:
+        """Set every gain to 1."""
+        nn.init.ones_(self.gain)
+
+    def calibrate(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Set the gains to the mean over tokens of the heads' root mean square."""
+        sizes = [x.double().square().mean(dim=-1).sqrt().mean(dim=(0, 1)) for x in outputs]
+        with torch.no_grad():
+            self.gain.copy_(torch.stack(sizes).mean(dim=0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What one forward of the whole model tells every converted layer.
 
-    padding `[B, P + T]` bool, True for real tokens (None: all real). `shared` carries state from
-    one layer to another within the forward.
+    padding `[B, P + T]` bool, True for real tokens (None: all real). `documents` are those packed
+    into the rows, which start from nothing each (None: every row is one). `shared` carries state
+    from one layer to another within the forward.
     """
 
     padding: torch.Tensor | None = None
+    documents: Documents | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,20 +108,48 @@ class HybridAttention(nn.Module):
         joined = [h for heads in self.heads for h in heads]
         self.order = sorted(range(len(joined)), key=joined.__getitem__)
         softcap = getattr(source, family.softcap, None) if family.softcap else None
+        eps = float(getattr(self.config, "rms_norm_eps", None) or 1e-6)
         self.mixers = nn.ModuleList(
-            make_mixer(group, geometry, layer_idx, float(source.scaling), softcap)
+            make_mixer(group, geometry, layer_idx, float(source.scaling), softcap, eps)
             for group in layer.groups
         )
+        heads = geometry.num_attention_heads
+        self.fusion = Fusion(heads, eps) if layer.fusion == "scale" else None
+
+    @property
+    def own(self) -> dict[str, nn.Module]:
+        """The modules whose parameters the source does not have, by their name in this one."""
+        found = {f"mixers.{i}": mixer for i, mixer in enumerate(self.mixers)}
+        return found if self.fusion is None else {**found, "fusion": self.fusion}
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name in this module, parameter) of everything that the source does not have."""
+        for name, module in self.own.items():
+            for sub, parameter in module.named_parameters():
+                yield f"{name}.{sub}", parameter
 
     def reset_parameters(self) -> None:
         """Set the mixers' own parameters to their start values; projections are left alone."""
-        for mixer in self.mixers:
-            mixer.reset_parameters()
+        for module in self.own.values():
+            module.reset_parameters()  # type: ignore[operator]
 
-    def project(
-        self, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return q `[B, T, H, K]`, k `[B, T, G, K]`, v `[B, T, G, V]`: projected and normed."""
+    def calibrate(self, batches: Sequence[tuple[torch.Tensor, Any, torch.Tensor]]) -> None:
+        """Start the mixers from what the source computes.
+
+        Each batch is the layer's input [B, T, D], the positions' embeddings, and the heads' outputs
+        [B, T, H, V] of the source's attention.
+        """
+        with torch.no_grad():
+            seen = [(x, self.projected(x, at), heads) for x, at, heads in batches]
+            for i, mixer in enumerate(self.mixers):
+                own = self.heads[i]
+                given = [(self._inputs(i, x, p, None), self._pick(y, own)) for x, p, y in seen]
+                mixer.calibrate(given)
+            if self.fusion is not None:
+                self.fusion.calibrate([heads for _, _, heads in batches])
+
+    def projected(self, hidden_states: torch.Tensor, position_embeddings: Any) -> Projected:
+        """Return q `[B, T, H, K]`, k `[B, T, G, K]` and v `[B, T, G, V]`, q and k at each stage."""
         fam, shape = self.family, self.geometry
         q_rows = shape.num_attention_heads * shape.head_dim
         k_rows = shape.num_key_value_heads * shape.head_dim
@@ -89,28 +160,17 @@ class HybridAttention(nn.Module):
             )
         else:
             q, k, v = (getattr(self, name)(hidden_states) for name in (fam.q, fam.k, fam.v))
+        stages = {"projected": (self._split(q), self._split(k))}
         if fam.norm_scope == "projection":
             q, k = self._norm(fam.q_norm, q), self._norm(fam.k_norm, k)
-        lead = hidden_states.shape[:-1]
-        q = q.view(*lead, shape.num_attention_heads, shape.head_dim)
-        k = k.view(*lead, shape.num_key_value_heads, shape.head_dim)
-        v = v.view(*lead, shape.num_key_value_heads, shape.v_head_dim)
+        q, k = self._split(q), self._split(k)
         if fam.norm_scope == "head":
             q, k = self._norm(fam.q_norm, q), self._norm(fam.k_norm, k)
-        return q, k, v
-
-    def rotate(
-        self, q: torch.Tensor, k: torch.Tensor, position_embeddings: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return q and k with the source's rotary positions applied, where this layer has them."""
-        if not self.rotates or position_embeddings is None:
-            return q, k
-        return self._rotary(q, k, *position_embeddings, unsqueeze_dim=2)
-
-    def projected(self, hidden_states: torch.Tensor, position_embeddings: Any) -> Projected:
-        """Return q, k, v as `project` does, and q and k rotated."""
-        q, k, v = self.project(hidden_states)
-        return (q, k, v, *self.rotate(q, k, position_embeddings))
+        stages["raw"] = q, k
+        if self.rotates and position_embeddings is not None:
+            q, k = self._rotary(q, k, *position_embeddings, unsqueeze_dim=2)
+        stages["rotated"] = q, k
+        return Projected(v=v.unflatten(-1, (-1, shape.v_head_dim)), stages=stages)
 
     def mix(
         self,
@@ -124,22 +184,36 @@ class HybridAttention(nn.Module):
 
         `projected` are the projections of the same hidden states, where they are at hand.
         """
-        q, k, v, *rotated = projected or self.projected(hidden_states, position_embeddings)
+        found = projected or self.projected(hidden_states, position_embeddings)
         padding = morph_context.padding if morph_context is not None else None
+        documents = morph_context.documents if morph_context is not None else None
         outputs = []
         for i, mixer in enumerate(self.mixers):
-            qi, ki = rotated if mixer.wants == "rotated" else (q, k)
-            inputs = Inputs(
-                q=self._pick(qi, self.heads[i]),
-                k=self._pick(ki, self.kv_heads[i]),
-                v=self._pick(v, self.kv_heads[i]),
-                hidden=hidden_states,
-                padding=padding,
-            )
-            outputs.append(mixer(inputs, self._state(past_key_values, i)))
+            inputs = self._inputs(i, hidden_states, found, padding)
+            if documents is None:
+                outputs.append(mixer(inputs, self._state(past_key_values, i)))
+            else:
+                outputs.append(documents.each(mixer, inputs))
         if len(outputs) == 1:
-            return outputs[0]
-        return self._pick(torch.cat(outputs, dim=2), self.order)
+            heads = outputs[0]
+        else:
+            heads = self._pick(torch.cat(outputs, dim=2), self.order)
+        return heads if self.fusion is None else self.fusion(heads)
+
+    def _inputs(
+        self, i: int, hidden: torch.Tensor, found: Projected, padding: torch.Tensor | None
+    ) -> Inputs:
+        """Return what the mixer of group `i` sees."""
+        heads, kv_heads = self.heads[i], self.kv_heads[i]
+        stages = {
+            name: (self._pick(q, heads), self._pick(k, kv_heads))
+            for name, (q, k) in found.stages.items()
+            if name == self.mixers[i].wants or self.mixers[i].made_of_others
+        }
+        q, k = stages[self.mixers[i].wants]
+        v = self._pick(found.v, kv_heads)
+        earlier = stages if self.mixers[i].made_of_others else None
+        return Inputs(q=q, k=k, v=v, hidden=hidden, padding=padding, earlier=earlier)
 
     def forward(
         self,
@@ -157,6 +231,9 @@ class HybridAttention(nn.Module):
     def output(self, heads: torch.Tensor) -> torch.Tensor:
         """Return the output projection `[B, T, D]` of head outputs `[B, T, H, V]`."""
         return getattr(self, self.family.o)(heads.flatten(2))
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.geometry.head_dim))
 
     def _norm(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
         return getattr(self, name)(x) if name else x
@@ -186,6 +263,7 @@ def make_mixer(
     layer_idx: int,
     scale: float,
     softcap: float | None,
+    norm_eps: float = 1e-6,
 ) -> MixerBase:
     """Return the mixer of a head group, its parameters at their start values.
 
@@ -194,7 +272,8 @@ def make_mixer(
     module = registry.load("mixers", group.mixer)
     where = f"layer {layer_idx}: mixer {group.mixer}"
     options = strict.build(module.Options, group.options, where, PlanError)
-    mixer = module.Mixer(group_shape(group, geometry, layer_idx, scale, softcap), options)
+    shape = group_shape(group, geometry, layer_idx, scale, softcap, norm_eps)
+    mixer = module.Mixer(shape, options)
     mixer.reset_parameters()
     return mixer
 
@@ -205,6 +284,7 @@ def group_shape(
     layer_idx: int,
     scale: float = 1.0,
     softcap: float | None = None,
+    norm_eps: float = 1e-6,
 ) -> GroupShape:
     """Return the shape that a mixer of this head group sees."""
     return GroupShape(
@@ -219,4 +299,5 @@ def group_shape(
         scale=scale,
         window=geometry.windows[layer_idx],
         softcap=softcap,
+        norm_eps=norm_eps,
     )

@@ -74,10 +74,14 @@ def environment() -> dict[str, Any]:
     found["threads"] = torch.get_num_threads()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
+    # What a model in use would ask for: 16 bits on a GPU, float32 elsewhere
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     sizes = {"B": 1, "T": 4, "H": 2, "G": 1, "K": 8, "V": 8}
     for name in registry.names("kernels"):
         kernel = registry.load("kernels", name)
-        inputs = kernel.example(**sizes, dtype=torch.float32, generator=torch.Generator())
+        made = kernel.example(**sizes, dtype=dtype, generator=torch.Generator())
+        inputs = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in made.items()}
         reasons = {path: kernel.unsupported(path, **inputs) for path in kernel.PATHS}
         found[f"kernel {name}"] = ", ".join(
             f"{path}: {reason or 'runs here'}" for path, reason in reasons.items()
@@ -183,6 +187,8 @@ def convert_command(
         made = surgery.resolve_costs(made)
     else:
         found, made, swaps = _chosen(recipe, source, say)
+    corpus = corpus_of(recipe, source) if recipe.data.text else None
+    student = _started(source, made, corpus, recipe.mixer.calibrate, say)
     written = _convert.convert(
         source,
         made,
@@ -190,10 +196,23 @@ def convert_command(
         target=target,  # type: ignore[arg-type]
         force=force,
         with_code=with_code,
+        student=student,
         provenance=_select.provenance_of(found, swaps),
         say=say,
     )
     return _tell(written, made)
+
+
+def _started(source: Source, plan: Plan, corpus: _data.Corpus | None, tokens: int, say: Say) -> Any:
+    """Return the calibrated hybrid in memory, or None where its start needs no text."""
+    from morph import surgery
+    from morph.pipeline import _start, _verify
+
+    if not surgery.own_parameter_names(source.family, plan) or not plan.replaced_layers:
+        return None
+    refuse_nonfinite(source)
+    teacher = source.model(_verify.compute_dtype(source, None))
+    return _start.hybrid_of(teacher, plan, corpus, tokens, say=say)
 
 
 def _check_target(target: str) -> None:
@@ -226,6 +245,7 @@ def _tell(written: Any, plan: Plan) -> dict[str, Any]:
         "wrote": str(written.path),
         "format": written.format,
         "not_stock_because": " ".join(written.reasons) or None,
+        "notes": list(written.notes) or None,
         **describe(plan),
         "verification": dict(written.verification),
         "load": written.load,

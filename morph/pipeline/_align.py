@@ -86,13 +86,17 @@ def mixers(
 ) -> dict[str, torch.Tensor] | None:
     """Return the aligned parameters of every candidate layer's mixer; None where it has none.
 
-    Trained once for a model, mixer, text and seed, and read from `work` after that. Without text,
-    or with `select.align` 0, mixers stay as surgery starts them.
+    Trained once for a model, mixer, text and seed, and read from `work` after that. With
+    `select.align` 0 they are only calibrated; without text mixers stay as surgery starts them.
     """
     from safetensors.torch import load_file, save_file
 
-    if corpus is None or not section.align or not _has_parameters(source, mixer):
+    from morph import surgery
+
+    if corpus is None or not _has_parameters(source, mixer):
         return None
+    if not section.align:
+        return surgery.mixer_state(surgery.hybrid_layers(_started(source, model, mixer, corpus)))
     stage = _stage(section, corpus)
     key = _key(source, mixer, stage, corpus, seed)
     with tempfile.TemporaryDirectory(prefix="morph-align-") as scratch:
@@ -154,13 +158,10 @@ def _align(
     say: Say,
 ) -> dict[str, torch.Tensor]:
     from morph import distill as training
-    from morph import modeling, surgery
+    from morph import surgery
 
     say(f"aligning {mixer.name} in every layer ({stage.tokens:,} tokens, once)")
-    plan = planning.uniform_plan(
-        source.family.model_type, source.geometry, [], mixer.name, mixer.options, None
-    )
-    student = modeling.hybrid(model, surgery.resolve_costs(plan))
+    student = _started(source, model, mixer, corpus)
     log = training.distill(
         student,
         model,
@@ -172,3 +173,14 @@ def _align(
     losses = log.losses(0)
     say(f"aligned: relative error {losses[0]:.3f} -> {losses[-1]:.3f}")
     return surgery.mixer_state(surgery.hybrid_layers(student))
+
+
+def _started(source: Source, model: nn.Module, mixer: Mixer, corpus: _data.Corpus) -> nn.Module:
+    """Return the hybrid that has the mixer in every layer, calibrated where that is asked for."""
+    from morph import surgery
+    from morph.pipeline import _start
+
+    plan = planning.uniform_plan(
+        source.family.model_type, source.geometry, [], mixer.name, mixer.options, None
+    )
+    return _start.hybrid_of(model, surgery.resolve_costs(plan), corpus, mixer.calibrate)

@@ -37,6 +37,7 @@ class Written:
     serve: str
     load: str
     reasons: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what the user of a stock checkpoint must know
     verification: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -62,7 +63,7 @@ def convert(
     the files that load a package checkpoint by remote code. Raises MismatchError where plan and
     source differ, VerificationFailed where the loaded result is not what it should be.
     """
-    from morph import surgery
+    from morph import modeling, surgery
 
     start = time.perf_counter()
     refuse_hybrid(source, "convert")
@@ -75,11 +76,17 @@ def convert(
     stock, reasons = find_target(source, plan, target)
     if with_code and stock is not None:
         raise UsageError(f"--with-code: a stock {stock.model_type} checkpoint needs no code.")
-    new, replaced = _tensors(source, plan, student)
+    if student is None and surgery.own_parameter_names(source.family, plan):
+        # so that what is compared has the values that are stored, rounding included
+        student = modeling.hybrid(source.model(_verify.compute_dtype(source, None)), plan)
+    new, replaced = _tensors(source, student)
     names = tuple(sorted({*source.checkpoint.tensors, *new}))
     config = _config(source, plan, stock)
-    moves = stock.moves(source.checkpoint.config, plan, names) if stock and stock.moves else None
-    replaced = _through(replaced, moves)
+    given = {**new, **replaced}
+    moves, dropped = mapping(source, plan, stock, names)
+    notes = _notes(source, plan, stock, given)
+    for note in notes:
+        say(f"note: {note}")
     serve = _serve(stock, shlex.quote(str(out)), with_code)
     verdict: dict[str, Any] = {}
 
@@ -87,7 +94,7 @@ def convert(
         say("verifying: loading it in a fresh process, comparing tensors, layers and logits")
         verdict.update(
             _verify.load_and_compare(
-                source, plan, staged, stock, moves, set(new) | set(replaced), student, with_code
+                source, plan, staged, stock, moves, set(given), student, with_code, dropped
             )
         )
 
@@ -104,8 +111,9 @@ def convert(
         "source": {"name": source.path.name, "sha256": source.checkpoint.fingerprint},
         "provenance": strict.plain(dict(provenance or {})),
         "serve": _serve(stock, "{path}", with_code),  # same inputs, same bytes, wherever
+        **({"notes": notes} if notes else {}),
     }
-    card = card or _card(source, plan, config, stock, reasons, with_code)
+    card = card or _card(source, plan, config, stock, [*reasons, *notes], with_code)
     extra["README.md"] = card.encode()
     say(f"writing {config['model_type']} checkpoint {escape(out)}")
     checkpoint.write_checkpoint(
@@ -113,8 +121,8 @@ def convert(
         config=config,
         source=source.checkpoint,
         moves=moves,
-        new_tensors=new,
-        replaced=replaced,
+        dropped=dropped,
+        given=given,
         extra_files=extra,
         auto_map=auto_map,
         provenance=summary,
@@ -128,6 +136,7 @@ def convert(
         serve=serve,
         load=_load_line(stock, out, with_code),
         reasons=tuple(reasons),
+        notes=tuple(notes),
         verification=verdict,
         seconds=time.perf_counter() - start,
     )
@@ -146,6 +155,62 @@ def find_target(source: Source, plan: Plan, target: Target) -> tuple[StockTarget
     return stock, [] if stock else reasons
 
 
+def mapping(
+    source: Source, plan: Plan, stock: StockTarget | None, names: tuple[str, ...]
+) -> tuple[list[Move] | None, dict[str, str]]:
+    """Return the target's moves (None: all tensors stay), and what it leaves out, with reasons."""
+    if stock is None:
+        return None, {}
+    config = source.checkpoint.config
+    moves = stock.moves(config, plan, names) if stock.moves else None
+    return moves, stock.dropped(config, plan, names) if stock.dropped else {}
+
+
+def as_source(source: Source, plan: Plan, given: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
+    """Return the tensors of a written checkpoint, float32, under source names: moves undone.
+
+    What was computed comes back as numbers that make the same function.
+    """
+    import numpy as np
+
+    from morph import surgery
+
+    stock = None
+    if not str(given.config.get("model_type", "")).startswith("morph_"):
+        stock, _ = _stock.pick(source.family, source.checkpoint.config, plan)
+    if stock is None or stock.moves is None:
+        return {n: given.read_float(n) for n in given.tensors}
+    names = (*source.checkpoint.tensors, *surgery.own_parameter_names(source.family, plan))
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for move in stock.moves(source.checkpoint.config, plan, tuple(sorted({*names}))):
+        if move.source is not None:
+            first = move.rows[0] if move.rows else 0
+            parts.setdefault(move.source, []).append((first, given.read_float(move.target)))
+    found = {}
+    for name, rows in parts.items():
+        ordered = {first: array for first, array in sorted(rows, key=lambda r: r[0])}
+        found[name] = np.concatenate([*ordered.values()])
+    if stock.undo is not None:
+        found |= stock.undo(source.checkpoint.config, plan, given.read_float)
+    return found
+
+
+def _notes(source: Source, plan: Plan, stock: StockTarget | None, given: Tensors) -> list[str]:
+    """Return what the user of a stock checkpoint must know."""
+    import numpy as np
+
+    def read(name: str) -> np.ndarray:
+        if name not in given:
+            return source.checkpoint.read_float(name)
+        code, shape, data = given[name]
+        flat = np.frombuffer(data, {"BF16": "<u2", "F16": "<f2", "F64": "<f8"}.get(code, "<f4"))
+        return checkpoint.to_float(code, flat.reshape(shape))
+
+    if stock is None or stock.notes is None:
+        return []
+    return stock.notes(source.checkpoint.config, plan, read)
+
+
 def _config(source: Source, plan: Plan, stock: StockTarget | None) -> dict[str, Any]:
     config = dict(source.checkpoint.config)
     if stock is not None:
@@ -157,17 +222,13 @@ def _config(source: Source, plan: Plan, stock: StockTarget | None) -> dict[str, 
     return config
 
 
-def _tensors(source: Source, plan: Plan, student: nn.Module | None) -> tuple[Tensors, Tensors]:
+def _tensors(source: Source, student: nn.Module | None) -> tuple[Tensors, Tensors]:
     """Return (new tensors, replaced tensors): mixers' own, and those that training changed."""
-    from morph import modeling, surgery
+    from morph import surgery
 
     if student is None:
-        if not surgery.own_parameter_names(source.family, plan):
-            return {}, {}
-        student = modeling.hybrid(source.model("auto"), plan)
-        changed: set[str] = set()
-    else:
-        changed = trained_names(student)
+        return {}, {}
+    changed = trained_names(student)
     code = source.checkpoint.main_dtype
     own = {name for name, _ in surgery.mixer_parameters(student)}
     parameters = dict(student.named_parameters(remove_duplicate=False))
@@ -228,7 +289,8 @@ def _card(
     )
     name, serve = escape(source.path.name), _serve(stock, "PATH_TO_THIS_FOLDER", with_code)
     serve = f"`{serve}`" if stock is not None else serve
-    why = f"\n\nWhy not a stock architecture: {' '.join(reasons)}" if reasons else ""
+    about = "Note:" if stock is not None else "Why not a stock architecture:"
+    why = f"\n\n{about} {' '.join(reasons)}" if reasons else ""
     load = "" if not config["model_type"].startswith("morph_") else "import morph\n"
     load, trust = ("", ", trust_remote_code=True") if with_code else (load, "")
     return (
@@ -255,18 +317,3 @@ def probe_ids(source: Source, plan: Plan) -> np.ndarray:
     length = max(16, min(max([48, *(2 * w for w in windows)]), limit, 4096))
     vocab = config["vocab_size"]
     return np.random.default_rng(0).integers(0, vocab, size=(1, length))
-
-
-def _through(tensors: Tensors, moves: list[Move] | None) -> Tensors:
-    """Return tensors under their target names, cut into the rows that each target takes."""
-    if moves is None:
-        return tensors
-    found: Tensors = {}
-    for move in moves:
-        if move.source not in tensors:
-            continue
-        code, shape, data = tensors[move.source]
-        first, last = move.rows or (0, shape[0])
-        row = len(data) // shape[0]
-        found[move.target] = (code, (last - first, *shape[1:]), data[first * row : last * row])
-    return found

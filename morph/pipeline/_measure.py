@@ -54,8 +54,7 @@ def beside(
     say: Say = quiet,
 ) -> Evaluation:
     """Evaluate source, hybrid and the recipe's baselines; all hybrids run on morph's own mixers."""
-    from morph import modeling
-    from morph.pipeline import _train
+    from morph.pipeline import _start, _train
 
     base = base if base is not None else source.model(recipe.dtype)
     models: dict[str, Callable[[], nn.Module]] = {
@@ -73,17 +72,25 @@ def beside(
             count = max(1, len(full))
             other = _select.baseline(source, mixer, count, "uniform")
         plans[name] = other
-        models[name] = lambda other=other: modeling.hybrid(base, other)
+        models[name] = lambda other=other: _start.hybrid_of(
+            base, other, corpus, recipe.mixer.calibrate
+        )
     return evaluate(recipe, models, plans, corpus, source.tokenizer(), say=say)
 
 
 def _mixer_of(plan: Plan) -> Mixer:
-    """Return the mixer, with options, that the plan uses first."""
+    """Return the mixer, with options, that most replaced heads have; the first of several."""
+    heads: dict[str, int] = {}
+    found: dict[str, Mixer] = {}
     for layer in plan.layers:
         for group in layer.groups:
             if group.mixer != "full":
-                return Mixer(name=group.mixer, options=dict(group.options))
-    raise UsageError("the plan replaces nothing; there is nothing to compare.")
+                key = f"{group.mixer} {sorted(group.options.items())}"
+                found.setdefault(key, Mixer(name=group.mixer, options=dict(group.options)))
+                heads[key] = heads.get(key, 0) + len(group.heads)
+    if not heads:
+        raise UsageError("the plan replaces nothing; there is nothing to compare.")
+    return found[max(heads, key=heads.__getitem__)]
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from morph import __version__, checkpoint, strict
 from morph import plan as planning
 from morph.errors import OutputExists, UsageError
-from morph.pipeline import _convert, _data, _score, _select
+from morph.pipeline import _convert, _data, _score, _select, _start
 from morph.pipeline._source import Say, Source, open_source, quiet, write_result
 from morph.plan import Plan, Scores
 from morph.recipes import schema
@@ -214,17 +214,16 @@ def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
         **_base(state),
         "plan": planning.dumps(plan),
         "distill": strict.plain(recipe.distill),
+        "calibrate": recipe.mixer.calibrate,
     }
     if state.fresh("checkpoint", inputs, folder):
         return dict(state.record["stages"]["checkpoint"]["use"])
     start = time.perf_counter()
-    student, log = None, None
+    teacher, log = state.model(), None
+    student = _start.hybrid_of(teacher, plan, state.corpus, recipe.mixer.calibrate, say=state.say)
     if recipe.distill:
-        from morph import modeling
         from morph.pipeline import _train
 
-        teacher = state.model()
-        student = modeling.hybrid(teacher, plan)
         log = _train.distill(
             recipe,
             student,

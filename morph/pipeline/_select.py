@@ -133,7 +133,29 @@ def make_plan(
         options=options,
         cache=cache,
     )
-    return surgery.resolve_costs(plan), report
+    return surgery.resolve_costs(dressed(plan, mixer)), report
+
+
+def dressed(plan: Plan, mixer: Mixer) -> Plan:
+    """Return the plan with the recipe's mixer for what is kept, and its fusion of heads.
+
+    Layers that slide in the source stay as they are.
+    """
+    if mixer.kept == "full" and mixer.fusion == "none":
+        return plan
+    layers = []
+    for layer, window in zip(plan.layers, plan.geometry.windows):
+        groups = layer.groups
+        if window is None and mixer.kept != "full":
+            groups = tuple(
+                replace(g, mixer=mixer.kept, options=dict(mixer.kept_options), cache=None)
+                if g.mixer == "full"
+                else g
+                for g in groups
+            )
+        fusion = mixer.fusion if any(g.mixer != "full" for g in groups) else "none"
+        layers.append(planning.LayerPlan(groups=groups, fusion=fusion))
+    return replace(plan, layers=tuple(layers))
 
 
 def _below_floor(scores: Scores, budget: Budget) -> list[str]:
@@ -226,7 +248,7 @@ def baseline(source: Source, mixer: Mixer, count: int, name: str) -> Plan:
     plan = planning.uniform_plan(
         source.family.model_type, source.geometry, full, mixer.name, mixer.options, None
     )
-    return surgery.resolve_costs(plan)
+    return surgery.resolve_costs(dressed(plan, mixer))
 
 
 def read_plan(path: str | Path) -> Plan:

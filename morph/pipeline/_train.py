@@ -10,7 +10,6 @@ import numpy as np
 
 from morph import strict
 from morph.checkpoint import Checkpoint
-from morph.families import _stock
 from morph.pipeline._data import Corpus
 from morph.pipeline._source import Say, Source, quiet
 from morph.plan import Plan
@@ -31,11 +30,12 @@ def student_of(teacher: nn.Module, plan: Plan, source: Source, given: Checkpoint
     import torch
 
     from morph import modeling
+    from morph.pipeline import _convert
 
     student = modeling.hybrid(teacher, plan)
     parameters = dict(student.named_parameters(remove_duplicate=False))
     changed = []
-    for name, array in _as_source(source, plan, given).items():
+    for name, array in _convert.as_source(source, plan, given).items():
         parameter = parameters.get(name)
         if parameter is None:
             continue
@@ -47,29 +47,6 @@ def student_of(teacher: nn.Module, plan: Plan, source: Source, given: Checkpoint
             changed.append(name)
     student.morph_trained = tuple(changed)  # type: ignore[assignment]
     return student
-
-
-def _as_source(source: Source, plan: Plan, given: Checkpoint) -> dict[str, np.ndarray]:
-    """Return the tensors of `given`, float32, under source names; stock moves are undone."""
-    if str(given.config.get("model_type", "")).startswith("morph_"):
-        return {n: given.read_float(n) for n in given.tensors}
-    stock, _ = _stock.pick(source.family, source.checkpoint.config, plan)
-    if stock is None or stock.moves is None:
-        return {n: given.read_float(n) for n in given.tensors}
-    from morph import surgery
-
-    own = [n for n in surgery.own_parameter_names(source.family, plan)]
-    names = tuple(sorted({*source.checkpoint.tensors, *own}))
-    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for move in stock.moves(source.checkpoint.config, plan, names):
-        if move.source is not None:
-            first = move.rows[0] if move.rows else 0
-            parts.setdefault(move.source, []).append((first, given.read_float(move.target)))
-    joined = {}
-    for name, rows in parts.items():
-        ordered = [array for _, array in sorted(rows, key=lambda r: r[0])]
-        joined[name] = ordered[0] if len(ordered) == 1 else np.concatenate(ordered)
-    return joined
 
 
 def distill(

@@ -40,6 +40,7 @@ def load_and_compare(
     changed: set[str],
     student: nn.Module | None = None,
     remote_code: bool = False,
+    dropped: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Load `staged` in a fresh process and compare it with the hybrid made in memory.
 
@@ -50,7 +51,7 @@ def load_and_compare(
     """
     from morph.pipeline._convert import probe_ids
 
-    equal = _kept_tensors(source, staged, moves, changed)
+    equal = _kept_tensors(source, staged, moves, changed, dropped or {})
     with tempfile.TemporaryDirectory(prefix="morph-verify-") as folder:
         work = Path(folder)
         np.save(work / "ids.npy", probe_ids(source, plan))
@@ -107,9 +108,10 @@ def against(source: Source, path: Path, plan: Plan) -> dict[str, Any]:
     from morph import surgery
     from morph.families import _stock
     from morph.pipeline import _train, was_distilled
+    from morph.pipeline._convert import mapping
 
     given = checkpoint.Checkpoint.open(path)
-    stock, moves = None, None
+    stock = None
     if not str(given.config["model_type"]).startswith("morph_"):
         stock, reasons = _stock.pick(source.family, source.checkpoint.config, plan)
         if stock is None or stock.model_type != given.config["model_type"]:
@@ -118,15 +120,17 @@ def against(source: Source, path: Path, plan: Plan) -> dict[str, Any]:
                 f"this plan of a {source.family.model_type} so. {' '.join(reasons)}"
             )
     own = set(surgery.own_parameter_names(source.family, plan))
-    if stock is not None and stock.moves:
-        names = tuple(sorted({*source.checkpoint.tensors, *own}))
-        moves = stock.moves(source.checkpoint.config, plan, names)
+    names = tuple(sorted({*source.checkpoint.tensors, *own}))
+    moves, dropped = mapping(source, plan, stock, names)
     student, changed = None, own
-    if was_distilled(path):
+    if own or was_distilled(path):  # what their start was made of is not known here
         student = _train.student_of(source.model(compute_dtype(source, None)), plan, source, given)
+    if was_distilled(path):
         changed = set(given.tensors) | set(source.checkpoint.tensors)
+    elif stock is not None and stock.undo is not None:
+        _check_computed(source, stock.undo(source.checkpoint.config, plan, given.read_float), path)
     try:
-        return load_and_compare(source, plan, path, stock, moves, changed, student)
+        return load_and_compare(source, plan, path, stock, moves, changed, student, dropped=dropped)
     except VerificationFailed as error:  # here nothing was about to be kept
         raise VerificationFailed(str(error).removesuffix(" Nothing was kept.")) from error
 
@@ -147,9 +151,15 @@ def _shown(folder: Path) -> str:
     return escape(re.sub(r"^\.(.+)\.partial-\d+-[0-9a-f]+$", r"\1", folder.name))
 
 
-def _kept_tensors(source: Source, staged: Path, moves: list[Move] | None, changed: set[str]) -> int:
+def _kept_tensors(
+    source: Source,
+    staged: Path,
+    moves: list[Move] | None,
+    changed: set[str],
+    dropped: Mapping[str, str],
+) -> int:
     equal, differ, _ = checkpoint.kept_equal(
-        source.checkpoint, checkpoint.Checkpoint.open(staged, strict=False), moves
+        source.checkpoint, checkpoint.Checkpoint.open(staged, strict=False), moves, dropped
     )
     wrong = [n for n in differ if n not in changed and _source_of(n, moves) not in changed]
     if wrong:
@@ -158,6 +168,22 @@ def _kept_tensors(source: Source, staged: Path, moves: list[Move] | None, change
             f"differ from the source ({len(wrong)} such tensors)."
         )
     return len(equal)
+
+
+def _check_computed(source: Source, values: Mapping[str, np.ndarray], path: Path) -> None:
+    """Raise where a source tensor that computed ones were made of is not what it was.
+
+    Output projections may have taken a factor per column.
+    """
+    for name in values.keys() & source.checkpoint.tensors.keys():
+        want, got = source.checkpoint.read_float(name), values[name]
+        if name.endswith(".o_proj.weight"):
+            want = want * ((got * want).sum(0) / np.maximum((want * want).sum(0), 1e-30))
+        if not _rms(got - want, want) <= LIMITS["float32"]:
+            raise VerificationFailed(
+                f"{_shown(path)}: tensor {escape(name)} should be untouched, but what was computed "
+                "with it says otherwise."
+            )
 
 
 def _source_of(target: str, moves: list[Move] | None) -> str | None:
@@ -262,11 +288,12 @@ def _check_report(
     wanted = stock.model_type if stock else f"morph_{plan.model_type}"
     if report["model_type"] != wanted:
         raise fail(f"loaded as {report['model_type']}, not {wanted}.")
+    words = stock.layer_types(plan) if stock and stock.layer_types else plan.layer_types
     for i, (layer, found) in enumerate(zip(plan.layers, report["layers"], strict=True)):
         if stock is not None:
             kind = (report["layer_types"] or [])[i : i + 1]
-            if kind != [plan.layer_types[i]]:
-                raise fail(f"layer {i} loaded as {kind}, the plan says {plan.layer_types[i]}.")
+            if kind != [words[i]]:
+                raise fail(f"layer {i} loaded as {kind}, not as {words[i]}.")
             continue
         mixers = [] if layer.is_full else [g.mixer for g in layer.groups]
         if (found["attention"] == "HybridAttention") != bool(mixers):

@@ -64,10 +64,19 @@ class Select:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """What stands where attention stood."""
+    """What stands where attention stood.
+
+    `kept` is the mixer of the heads that the budget keeps: `full`, the source's own attention, or
+    `nope` for HyPE. `fusion` joins the heads of converted layers (`scale`: HydraHead's).
+    `calibrate` is how many tokens of text start the mixers from what the source computes; 0: none.
+    """
 
     name: str = "sliding"
     options: Mapping[str, Any] = field(default_factory=dict)
+    kept: str = "full"
+    kept_options: Mapping[str, Any] = field(default_factory=dict)
+    fusion: Literal["none", "scale"] = "none"
+    calibrate: int = 4096
 
 
 @dataclass(frozen=True, kw_only=True)

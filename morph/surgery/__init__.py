@@ -1,6 +1,7 @@
 """Put a plan into a live model and take it out again; the model that selectors probe."""
 
 from morph.families._lookup import family_of
+from morph.surgery._calibrate import Start, calibrate, output_errors
 from morph.surgery._graft import (
     Graft,
     attention_of,
@@ -42,6 +43,7 @@ __all__ = [
     "Patched",
     "Run",
     "Soft",
+    "Start",
     "StreamedLayers",
     "Trace",
     "answer_losses",
@@ -49,6 +51,7 @@ __all__ = [
     "answer_tokens",
     "attention_of",
     "base_of",
+    "calibrate",
     "context",
     "family_of",
     "geometry_of",
@@ -60,6 +63,7 @@ __all__ = [
     "mixer_parameters",
     "mixer_state",
     "morphable",
+    "output_errors",
     "own_parameter_names",
     "predicting",
     "refuse_streaming",

@@ -22,6 +22,7 @@ from morph.errors import MismatchError, PlanError, UnsupportedModel
 from morph.families._family import Family
 from morph.families._lookup import family_of
 from morph.mixers._hybrid import Context, HybridAttention, group_shape, make_mixer
+from morph.mixers._packed import Documents
 from morph.plan import CacheCost, Geometry, HeadGroup, LayerPlan, Plan
 
 
@@ -92,7 +93,8 @@ def graft(model: nn.Module, family: Family, plan: Plan, *, inherit: bool = False
                 f"{family.model_type} expects {family.attention_class}."
             )
         hybrid = HybridAttention(source, family, geometry, plan.layers[i], i)
-        hybrid.mixers.to(next(source.parameters()).device)
+        for module in hybrid.own.values():
+            module.to(next(source.parameters()).device)
         for mixer in hybrid.mixers if inherit else ():
             mixer.inherit(source)
         hybrid.train(source.training)
@@ -115,7 +117,9 @@ def inform(base: nn.Module, swapped: tuple[int, ...]) -> Any:
         if "morph_context" in kwargs:
             return (), kwargs
         cache = kwargs.get("past_key_values")
-        if cache is None and _wants_cache(module, kwargs):
+        if cache is None and kwargs.get("attention_mask") is None and _documents(kwargs):
+            kwargs["use_cache"] = False  # what a border has cut off cannot be gone on with
+        elif cache is None and _wants_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
         past = 0
         if cache is not None:
@@ -144,7 +148,8 @@ def _wants_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 def context(kwargs: Mapping[str, Any], past: int, cache: Cache | None = None) -> Context:
     """Return the Context of a forward called with `kwargs` after `past` tokens.
 
-    Raises MismatchError for packed sequences, which mixers do not reset at borders.
+    Where position ids start again inside a row and there is neither mask nor cache, the row holds
+    packed documents, as transformers takes it. Raises MismatchError for masks that do not fit.
     """
     ids = kwargs.get("input_ids")
     tokens = ids if ids is not None else kwargs["inputs_embeds"]
@@ -153,8 +158,7 @@ def context(kwargs: Mapping[str, Any], past: int, cache: Cache | None = None) ->
     if isinstance(mask, Mapping):  # made ahead by generate(), one for every kind of layer
         mask = mask.get("full_attention")
     if mask is None:
-        _refuse_packing(kwargs.get("position_ids"), cache)
-        return Context()
+        return Context(documents=None if cache is not None else _documents(kwargs))
     if mask.dim() == 4:
         mask = _padding_of(mask, past, length)
     real = mask[:, :length].to(torch.bool)
@@ -183,14 +187,11 @@ def _padding_of(mask: torch.Tensor, past: int, length: int) -> torch.Tensor:
     return real
 
 
-def _refuse_packing(positions: torch.Tensor | None, cache: Cache | None) -> None:
-    if positions is None or cache is not None or positions.shape[-1] < 2:
-        return
-    if bool((positions.diff(dim=-1) != 1).any()):
-        raise MismatchError(
-            "position_ids restart inside a row (packed sequences); mixers do not reset at such "
-            "borders. Give one document per row, with attention_mask for padding."
-        )
+def _documents(kwargs: Mapping[str, Any]) -> Documents | None:
+    positions = kwargs.get("position_ids")
+    if positions is None or positions.dim() != 2 or positions.shape[-1] < 2:
+        return None
+    return Documents.of(positions)
 
 
 def resolve_costs(plan: Plan) -> Plan:
@@ -206,7 +207,7 @@ def resolve_costs(plan: Plan) -> Plan:
             groups.append(
                 HeadGroup(mixer=group.mixer, heads=group.heads, options=options, cache=cost)
             )
-        layers.append(LayerPlan(groups=tuple(groups)))
+        layers.append(LayerPlan(groups=tuple(groups), fusion=layer.fusion))
     return Plan(
         model_type=plan.model_type,
         geometry=plan.geometry,
@@ -230,17 +231,19 @@ def mixer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield (name, parameter) of the mixers' own parameters, under their state-dict names."""
     for name, module in model.named_modules():
         if isinstance(module, HybridAttention):
-            for sub, parameter in module.mixers.named_parameters():
-                yield f"{name}.mixers.{sub}", parameter
+            for sub, parameter in module.own_parameters():
+                yield f"{name}.{sub}", parameter
 
 
 def own_parameter_names(family: Family, plan: Plan) -> list[str]:
     """Return the state-dict names of the mixers' own parameters in a causal LM with this plan."""
     found = []
-    for i, layer in enumerate(plan.layers):
-        for j, group in enumerate(() if layer.is_full else layer.groups):
+    for i in plan.replaced_layers:
+        stem = f"model.{family.layers}.{i}.{family.attention}"
+        for j, group in enumerate(plan.layers[i].groups):
             with torch.device("meta"):
                 mixer = make_mixer(group, plan.geometry, i, 1.0, None)
-            stem = f"model.{family.layers}.{i}.{family.attention}.mixers.{j}"
-            found += [f"{stem}.{name}" for name, _ in mixer.named_parameters()]
+            found += [f"{stem}.mixers.{j}.{name}" for name, _ in mixer.named_parameters()]
+        if plan.layers[i].fusion == "scale":
+            found.append(f"{stem}.fusion.gain")
     return found

@@ -94,9 +94,8 @@ class Switch(nn.Module):
         if self.prime is not None:
             return self._remember(hidden_states, position_embeddings, past_key_values), None
         if self.probe is not None:
-            q, k, v = self.exact.project(hidden_states)
-            q, k = self.exact.rotate(q, k, position_embeddings)
-            self.probe(self.exact.layer_idx, q, k, v)
+            found = self.exact.projected(hidden_states, position_embeddings)
+            self.probe(self.exact.layer_idx, *found.stages["rotated"], found.v)
         if self.mode == FULL:
             return self.source(
                 hidden_states=hidden_states,
@@ -133,8 +132,8 @@ class Switch(nn.Module):
 
     def _remember(self, hidden: torch.Tensor, positions: Any, cache: Any) -> torch.Tensor:
         """Run tokens on which full and cheap agree, filling the caches of both."""
-        q, k, v = self.cheap.project(hidden)
-        _, k = self.cheap.rotate(q, k, positions)
+        found = self.cheap.projected(hidden, positions)
+        k, v = found.stages["rotated"][1], found.v
         cache.update(k.transpose(1, 2), v.transpose(1, 2), self.cheap.layer_idx)
         view = SimpleNamespace(layers={self.cheap.layer_idx: self.prime})
-        return self.cheap.output(self.cheap.mix(hidden, positions, view))
+        return self.cheap.output(self.cheap.mix(hidden, positions, view, projected=found))
