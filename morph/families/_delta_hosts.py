@@ -41,7 +41,7 @@ def qwen3_5(defaults: Config) -> StockTarget:
     """Return the target for Qwen 3 with Gated DeltaNet layers.
 
     Its attention is gated and its norms multiply by 1 + w: the gate is held at one half, what comes
-    out is doubled, and the norms are written less one.
+    out is doubled, and the norms are written as w - 1.
     """
     kinds = ("gated_delta",)
 
@@ -215,21 +215,21 @@ def _delta_values(plan: Plan, i: int, read: Read) -> dict[str, np.ndarray]:
 
 
 def _norm_notes(config: Config, norms: Mapping[str, int], read: Read) -> list[str]:
-    """Return what a load in bfloat16 costs norms that are written less one, where it matters."""
+    """Return what a load in bfloat16 costs norms that are written as w - 1, where it matters."""
     if str(config.get("dtype") or config.get("torch_dtype")).endswith("float32"):
         return []
     name, worst = max(((n, _loss(read(n))) for n in norms), key=lambda x: x[1])
     if worst <= LOSS:
         return []
     return [
-        "This architecture multiplies by 1 + w; norms that 16 bits cannot hold less one are stored "
-        f"in float32. Loaded in bfloat16 they are rounded all the same, at worst by {worst:.1%} of "
-        f"a weight ({name}). Load it with dtype=torch.float32 where that matters."
+        "This architecture multiplies by 1 + w; norms whose w does not fit 16 bits are stored in "
+        f"float32. Loaded in bfloat16 they are rounded all the same, at worst by {worst:.1%} of a "
+        f"weight ({name}). Load it with dtype=torch.float32 where that matters."
     ]
 
 
 def _loss(weight: np.ndarray) -> float:
-    """Return the largest share by which a norm weight changes when it is rounded less one."""
+    """Return the largest share by which a norm weight changes when w - 1 is rounded."""
     import numpy as np
 
     w = weight.astype(np.float64)

@@ -148,8 +148,8 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if bias is not None:  # counts once
-        own = ok & (split == 0)
+    if bias is not None:  # counts once, in the first split
+        own = heads + split * BLOCK_M < R
         top = tl.load(bias + g * R + heads, mask=own, other=float("-inf"))
         total = tl.where(own, 1.0, 0.0)
     stop = tl.minimum(split * span + span, S)

@@ -235,7 +235,16 @@ def _block(size: int) -> int:
 
 
 def _kernel(name: str) -> Any:
-    return getattr(fore, name, None) or getattr(back, name)
+    return {
+        "prepare": fore.prepare,
+        "states": fore.states,
+        "output": fore.output,
+        "decode": fore.decode,
+        "local_new": back.local_new,
+        "reverse_states": back.reverse_states,
+        "attend_grads": back.attend_grads,
+        "solve_grads": back.solve_grads,
+    }[name]
 
 
 def variants() -> list[Variant]:

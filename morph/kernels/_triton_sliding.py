@@ -29,8 +29,8 @@ _SPLITS = 32  # of a decoded token's keys, at most
 _UNIT = 8  # elements: 16 bytes of the narrowest dtype, as wide as one load can be
 # (BLOCK_M, BLOCK_N, warps, stages) by padded head size: rows of queries, and keys
 _HALF = {
-    "forward": {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
-    "queries": {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    "forward": {64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "queries": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
     "keys": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
     "decode": {64: (16, 64, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)},
 }

@@ -131,5 +131,10 @@ class MixerBase(nn.Module, ABC):
         """Return how many leading tokens come out exactly as full attention (0: none)."""
         return 0
 
+    @classmethod
+    def uses(cls, options: Any) -> tuple[str, ...]:
+        """Return the names of other mixers that this one is made of."""
+        return ()
+
     # Names (relative to the mixer) of parameters that get their own learning rate, no weight decay
     gates: ClassVar[tuple[str, ...]] = ()

@@ -26,7 +26,7 @@ from torch import nn
 
 from morph import registry, strict
 from morph.cache import State
-from morph.errors import RecipeError
+from morph.errors import RecipeError, escape, nearest
 from morph.mixers._base import GroupShape, Inputs, MixerBase, Seen
 from morph.mixers._softmax import attend
 from morph.plan import CacheCost
@@ -44,10 +44,12 @@ class Options:
     start: float = 1 / 64
 
     def __post_init__(self) -> None:
-        if self.branch in ("parallel", "full"):
+        # morph's own only: a checkpoint's options may not choose what is imported
+        allowed = [m for m in registry.names("mixers") if m not in ("parallel", "full")]
+        if self.branch not in allowed:
             raise RecipeError(
-                f"mixer parallel: branch is {self.branch!r}; give a mixer that is not attention "
-                "itself, such as mamba2."
+                f"mixer parallel: branch is {escape(self.branch)!r}; it takes one of "
+                f"{', '.join(allowed)}.{nearest(self.branch, allowed)}"
             )
         if self.window < 0:
             raise RecipeError(f"mixer parallel: window is {self.window}; give 0 (none) or more.")
@@ -114,6 +116,11 @@ class Mixer(MixerBase):
                 "recurrent mixer, such as mamba2, gated_delta or decay."
             )
         return dataclasses.replace(cost, tokens=_window(options, shape))
+
+    @classmethod
+    def uses(cls, options: Options) -> tuple[str, ...]:
+        """Return the branch."""
+        return (options.branch,)
 
     @classmethod
     def identity(cls, options: Options, seq_len: int) -> Options:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from morph import __version__, registry
+from morph import __version__, registry, strict
 from morph import plan as planning
 from morph.errors import UsageError, escape
 from morph.families._family import Family
@@ -156,7 +156,8 @@ def _names(family: Family) -> dict[str, str]:
 
 def _mixers(plan: Plan) -> list[str]:
     """Return the mixers of converted layers; raise UsageError for those from outside."""
-    used = {g.mixer for i in plan.replaced_layers for g in plan.layers[i].groups}
+    groups = [g for i in plan.replaced_layers for g in plan.layers[i].groups]
+    used = {g.mixer for g in groups}
     foreign = sorted(used - set(registry.names("mixers")))
     if foreign:
         raise UsageError(
@@ -164,6 +165,9 @@ def _mixers(plan: Plan) -> list[str]:
             "be added. Leave --with-code away; whoever loads the result then needs morph and the "
             f"package of {escape(foreign[0])!r}."
         )
+    for group in groups:
+        module = registry.load("mixers", group.mixer)
+        used |= set(module.Mixer.uses(strict.build(module.Options, group.options)))
     return sorted(used)
 
 
