@@ -21,8 +21,9 @@ help:
 demo: $(STAMP)
 	$(BIN)/morph run demo
 
+# One process per core, each computing on one thread
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu"
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -267,9 +267,14 @@ def make(changes: dict[str, Any] | None = None, **options: Any) -> Any:
 
 def test_options_that_cannot_be_are_refused() -> None:
     options = registry.load("mixers", "hedgehog").Options
-    for bad, said in (({"window": 0}, "window is 0"), ({"features": 0}, "features is 0")):
-        with pytest.raises(RecipeError, match=said):
-            strict.build(options, bad)
+    for name, most in (("window", 2**20), ("features", 4096)):
+        strict.build(options, {name: most})
+        for bad in (0, most + 1, 10**12):
+            said = rf"mixer hedgehog: {name} is {bad}; .*1 to {most}\W"
+            with pytest.raises(RecipeError, match=said):
+                strict.build(options, {name: bad})
+    mixer = registry.load("mixers", "hedgehog").Mixer
+    assert mixer.identity(options(window=5), 2**20).window == 2**20
 
 
 @each_formula

@@ -244,6 +244,22 @@ def test_calibration_brings_the_heads_nearer_to_the_teacher() -> None:
     assert all(torch.isfinite(p).all() for p in mixer.parameters())
 
 
+@pytest.mark.parametrize("kept", ((0, 1, 2, 3, 4, 5), (0, 1, 2)), ids=("all", "some"))
+def test_heads_whose_cache_leaves_nothing_out_stay_as_they_start(kept: tuple[int, ...]) -> None:
+    """A state fitted to rounding would be switched off, and then learn nothing."""
+    x = layer_inputs()
+    target, _ = sliding.reference(x.q, x.k, x.v, scale=0.3)
+    mixer = mixer_file.Mixer(shape(), mixer_file.Options(cache=T)).double()
+    target[:, :, [h for h in range(H) if h not in kept]] += 0.1 * torch.randn(V).double()
+    start = {n: p.detach().clone() for n, p in mixer.named_parameters()}
+    mixer.calibrate([(x, target)])
+    for name, p in mixer.named_parameters():
+        exactly(name, start[name][list(kept)], p[list(kept)])
+    others = [h for h in range(H) if h not in kept]
+    assert (mixer.mix_state[others] == 1.0).all()
+    assert (mixer.norm_weight[others] != 1.0).all()
+
+
 def test_what_is_kept_does_not_grow() -> None:
     x, state = layer_inputs(), State()
     mixer = mixer_file.Mixer(shape(), mixer_file.Options(cache=4, block=8)).double()
@@ -256,6 +272,14 @@ def test_what_is_kept_does_not_grow() -> None:
 
 
 def test_options_say_what_is_allowed() -> None:
-    for bad, said in (({"cache": -1}, "cache is -1"), ({"block": 0}, "block is 0")):
-        with pytest.raises(RecipeError, match=said):
+    for bad, said in (
+        ({"cache": -1}, "cache is -1; give 0 to 1048575 tokens"),
+        ({"cache": 2**20}, "cache is 1048576; give 0 to 1048575 tokens"),
+        ({"cache": 10**12}, "cache is 1000000000000; give 0 to"),
+        ({"block": 0}, "block is 0; .*give 1 to 1048512"),
+        ({"block": 10**12}, "block is 1000000000000; .*give 1 to 1048512"),
+        ({"cache": 2**20 - 5, "block": 6}, "block is 6; .*give 1 to 5"),
+    ):
+        with pytest.raises(RecipeError, match=f"mixer hola: {said}"):
             strict.build(mixer_file.Options, bad)
+    strict.build(mixer_file.Options, {"cache": 2**20 - 5, "block": 5})

@@ -235,16 +235,35 @@ def test_causality_is_bit_exact(name: str, example: str, t: int) -> None:
 
 
 @each_example
-def test_two_runs_are_equal_and_inputs_untouched(name: str, example: str) -> None:
+def test_a_hundred_runs_are_equal_and_inputs_untouched(name: str, example: str) -> None:
     kernel = Kernel(name, example)
-    inputs = kernel.inputs(140, dtype=torch.float32)
+    inputs = kernel.inputs(70, dtype=torch.float32)
     kept = cast(inputs, torch.float32)
     do = torch.randn(inputs["q"].shape[:3] + inputs["v"].shape[3:])
-    runs = [gradients(kernel.module.forward, inputs, do, torch.float32) for _ in range(2)]
-    for leaf in runs[0]:
-        exactly(f"d{leaf}", runs[0][leaf], runs[1][leaf])
+    first = gradients(kernel.module.forward, inputs, do, torch.float32)
+    o, _ = kernel.module.forward(**inputs)
+    for _ in range(99):
+        exactly("o", o, kernel.module.forward(**inputs)[0])
+    for _ in range(9):
+        for leaf, grad in gradients(kernel.module.forward, inputs, do, torch.float32).items():
+            exactly(f"d{leaf}", first[leaf], grad)
     for leaf, x in leaves(kept).items():
         exactly(leaf, x, inputs[leaf])
+
+
+@pytest.mark.parametrize("name", registry.names("kernels"))
+def test_a_thousand_tokens_and_odd_heads_match_the_reference(name: str) -> None:
+    kernel = Kernel(name, next(iter(registry.load("kernels", name).EXAMPLES)))
+    inputs = kernel.inputs(1000, B=1, H=4, G=2, K=60, V=20)
+    expected, state = kernel.module.reference(**inputs, output_final_state=True)
+    got, got_state = kernel.module.forward(**cast(inputs, torch.float32), output_final_state=True)
+    assert_close("o", expected, got)
+    for one, other in zip(tensors(state), tensors(got_state), strict=True):
+        assert_close("state", one, other)
+    do = torch.randn(expected.shape, dtype=torch.float64)
+    right = gradients(kernel.module.reference, inputs, do, torch.float64)
+    for leaf, grad in gradients(kernel.module.forward, inputs, do, torch.float32).items():
+        assert_close(f"d{leaf}", right[leaf], grad)
 
 
 @each_example
@@ -358,3 +377,32 @@ def test_costs_are_counted(name: str, example: str) -> None:
     for count in (module.flops, module.bytes):
         short, long = (count(T=t, **sizes, **options) for t in (64, 128))
         assert isinstance(short, int) and 0 < short < long
+
+
+@pytest.mark.gpu
+@each_example
+@pytest.mark.parametrize("path", (None, "chunked", "banded"))
+def test_on_a_gpu_it_is_the_same(name: str, example: str, path: str | None) -> None:
+    """The path that is picked there, and the plain torch one, in float32 without TF32."""
+    kernel = Kernel(name, example)
+    if path is not None and path not in kernel.module.PATHS:
+        pytest.skip(f"{name} has no {path} path")
+    inputs = kernel.inputs(150)
+    expected, state = kernel.module.reference(**inputs, output_final_state=True)
+    there = {
+        n: x.cuda() if isinstance(x, torch.Tensor) else x
+        for n, x in cast(inputs, torch.float32).items()
+    }
+    got, got_state = kernel.module.forward(**there, output_final_state=True, path=path)
+    assert_close("o", expected, got.cpu())
+    for one, other in zip(tensors(state), tensors(got_state), strict=True):
+        assert_close("state", one, other.cpu())
+    do = torch.randn(expected.shape, dtype=torch.float64)
+    right = gradients(kernel.module.reference, inputs, do, torch.float64)
+
+    def run(**given: Any) -> Any:
+        return kernel.module.forward(**given, path=path)
+
+    for leaf, grad in gradients(run, there, do.cuda(), torch.float32).items():
+        if right[leaf].abs().max() > 1e-12:
+            assert_close(f"d{leaf}", right[leaf], grad.cpu())

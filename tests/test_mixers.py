@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import typing
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from morph import registry, strict
 from morph.cache import State
@@ -267,6 +270,53 @@ def test_gradients_reach_every_parameter_and_input(name: str, variant: str) -> N
     for key, value in [*mixer.named_parameters(), *leaves.items()]:
         assert value.grad is not None and torch.isfinite(value.grad).all(), key
         assert (value.grad != 0).any(), key
+
+
+@each_case
+def test_gradients_are_the_same_under_checkpointing(name: str, variant: str) -> None:
+    mixer = make(name, variant)
+    found = []
+    for run in (mixer, functools.partial(checkpoint, mixer, use_reentrant=False)):
+        x = inputs()
+        leaves = [getattr(x, n).requires_grad_() for n in ("q", "k", "v", "hidden")]
+        o = run(x)
+        wanted = [*leaves, *mixer.parameters()]
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(o, wanted, torch.randn_like(o), allow_unused=True))
+    for plain, again in zip(*found, strict=True):
+        assert (plain is None) == (again is None)
+        if plain is not None:
+            assert_close("gradient", plain, again)
+
+
+class _Made(TorchDispatchMode):
+    """Counts the numbers in tensors that operations made on the CPU."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+            self.numel += out.numel()
+        return out
+
+
+@each_case
+def test_on_meta_nothing_large_is_made(name: str, variant: str) -> None:
+    """Names and sizes are read off there, from a plan that may ask for anything."""
+    with torch.device("meta"), _Made() as made:
+        make(name, variant)
+    assert made.numel <= 100
+
+
+@pytest.mark.parametrize("name", ("gla", "kda"))
+def test_ranks_are_bounded(name: str) -> None:
+    options = registry.load("mixers", name).Options
+    strict.build(options, {"rank": 1024})
+    for bad in (0, -3, 1025, 10**9):
+        said = f"mixer {name}: rank is {bad}; give 1 to 1024, usually 16"
+        with pytest.raises(RecipeError, match=said):
+            strict.build(options, {"rank": bad})
 
 
 @each_case

@@ -148,3 +148,15 @@ def test_one_step_of_training_moves_every_parameter_of_its_own(hybrid):
     for name, p in surgery.mixer_parameters(model):
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
         assert p.grad.any(), name
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_it_computes_and_generates_the_same(hybrid):
+    ids = ids_for(hybrid, length=40)
+    there = copy.deepcopy(hybrid).cuda()
+    assert_close("logits", hybrid(ids).logits, there(ids.cuda()).logits.cpu(), ratio=1e-4)
+    how = {**GENERATE, "max_new_tokens": 10}
+    cached = there.generate(ids[:, :15].cuda(), use_cache=True, **how)
+    plain = there.generate(ids[:, :15].cuda(), use_cache=False, **how)
+    assert torch.equal(cached, plain)

@@ -9,6 +9,7 @@ garbage, without a word.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -38,9 +39,16 @@ class Variant:
     num_stages: int = 2
 
 
+@functools.cache
 def interpreted() -> bool:
     """Return whether Triton was told to interpret kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str:
+    found = importlib.util.find_spec("triton")
+    return "" if found else "triton is not installed; `pip install triton` (Linux)."
 
 
 def reason(q: torch.Tensor) -> str:
@@ -51,9 +59,7 @@ def reason(q: torch.Tensor) -> str:
         return f"q is on {q.device}; Triton needs a CUDA device."
     if q.device.type != "cuda" and q.dtype != torch.float32:
         return f"the Triton interpreter is right in float32 only; q is {q.dtype}."
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton` (Linux)."
-    return ""
+    return _missing()
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -49,7 +49,7 @@ class ShortConv(nn.Module):
         past = x.new_zeros(shape) if before is None else before.to(x)
         x = torch.cat([past, x], dim=1)
         if state is not None:
-            state.tensors[f"conv_{name}"] = wide(x[:, tokens:]).clone()
+            state.tensors[f"conv_{name}"] = wide(_last_real(x, real, self.width - 1)).clone()
         weight = weight.to(x.dtype)
         taps = (x[:, i : i + tokens] * weight[..., i] for i in range(self.width))
         return F.silu(_sum(taps))
@@ -84,6 +84,17 @@ def state_cost(shape: GroupShape, conv: int) -> CacheCost:
         state_elements=shape.head_dim * shape.v_head_dim + past * shape.head_dim,
         kv_state_elements=past * (shape.head_dim + shape.v_head_dim),
     )
+
+
+def _last_real(x: torch.Tensor, real: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Return the last `count` tokens of x [B, count + T, ...], padding on the right left out."""
+    if real is None:
+        return x[:, -count:]
+    tokens = real.shape[1]
+    at = torch.arange(1, tokens + 1, device=x.device)
+    end = (real.to(x.device) * at).amax(dim=1)  # one past the last real token; 0: all padding
+    index = end[:, None] + torch.arange(count, device=x.device)
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
 def _sum(terms: Iterable[torch.Tensor]) -> torch.Tensor:

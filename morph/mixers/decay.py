@@ -78,7 +78,7 @@ class Mixer(MixerBase):
         if self.norm_weight is not None:
             o = o * self.norm_weight.to(o.dtype)
         if self.gate_weight is not None:
-            z = nn.functional.linear(inputs.hidden, self.gate_weight).unflatten(-1, o.shape[2:])
+            z = _linear.project(inputs.hidden, self.gate_weight).unflatten(-1, o.shape[2:])
             o = o * torch.sigmoid(z).to(o.dtype)
         return o
 

@@ -43,8 +43,9 @@ class Options:
     gate: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RecipeError(f"mixer gla: rank is {self.rank}; give 1 or more, usually 16.")
+        # a checkpoint's configuration must not be able to ask for all memory
+        if not 1 <= self.rank <= 1024:
+            raise RecipeError(f"mixer gla: rank is {self.rank}; give 1 to 1024, usually 16.")
 
 
 class Mixer(MixerBase):

@@ -37,6 +37,8 @@ from morph.mixers._softmax import attend
 from morph.plan import CacheCost
 
 _MIX_START = math.log(0.1 / 0.9)  # of the official code: the window counts a tenth
+# Far beyond any use; a checkpoint's configuration must not be able to ask for all memory
+_MOST_TOKENS, _MOST_FEATURES = 2**20, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +50,15 @@ class Options:
     formula: Literal["paper", "code"] = "paper"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
+        if not 1 <= self.window <= _MOST_TOKENS:
             raise RecipeError(
                 f"mixer hedgehog: window is {self.window}; it counts the token itself, so give 1 "
-                "or more. The default is 64."
+                f"to {_MOST_TOKENS}. The default is 64."
             )
-        if self.features < 1:
+        if not 1 <= self.features <= _MOST_FEATURES:
             raise RecipeError(
-                f"mixer hedgehog: features is {self.features}; give 1 or more, usually the head "
-                "size."
+                f"mixer hedgehog: features is {self.features}; give 1 to {_MOST_FEATURES}, usually "
+                "the head size."
             )
 
 
@@ -124,6 +126,8 @@ class Mixer(MixerBase):
         The mean of exp(w x) exp(w y) over random directions w of length sqrt(K) is close to
         exp(x y) times a factor of x and one of y; here x = sqrt(scale) q and y = sqrt(scale) k.
         """
+        if self.q_map.is_meta:
+            return  # nothing to set, and the directions would be made on the CPU
         with torch.no_grad():
             start = math.sqrt(self.shape.scale) * _start(self.shape.head_dim, self.options.features)
             for weight in (self.q_map, self.k_map):

@@ -43,6 +43,9 @@ from morph.plan import CacheCost
 _STATE_START = 2.0**-6  # about sigmoid(-4), and the same in every dtype
 # exp(-8) beside a softmax sum of about 1 or more moves an output by 3e-4 at most, and still learns
 _SINK_START = -8.0
+# Scores and positions of all entries are held from the first token on: 8 MiB per KV head at most
+_MOST_TOKENS = 2**20
+_LEAST = 1e-3  # of the target's squares: of less than this, little is more than rounding
 _DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
 _WRITES = (0.1, 0.5, 0.9)
 
@@ -58,11 +61,16 @@ class Options:
     state: bool = True
 
     def __post_init__(self) -> None:
-        if self.cache < 0:
-            raise RecipeError(f"mixer hola: cache is {self.cache}; give 0 tokens or more.")
-        if self.block < 1:
+        if not 0 <= self.cache < _MOST_TOKENS:
             raise RecipeError(
-                f"mixer hola: block is {self.block}; it holds the token itself, so give 1 or more."
+                f"mixer hola: cache is {self.cache}; give 0 to {_MOST_TOKENS - 1} tokens, usually "
+                "64."
+            )
+        if not 1 <= self.block <= _MOST_TOKENS - self.cache:
+            raise RecipeError(
+                f"mixer hola: block is {self.block}; it holds the token itself, so give 1 to "
+                f"{_MOST_TOKENS - self.cache}, which with a cache of {self.cache} makes "
+                f"{_MOST_TOKENS}. The default is 256."
             )
 
 
@@ -180,7 +188,9 @@ class Mixer(MixerBase):
         """Fit decays, writing strengths and the state's weight to what the cache leaves out.
 
         Every head takes the decay and the strength of a small grid that bring its state nearest to
-        the teacher less the cache; the cache is that of the start, as it changes with them.
+        the teacher less the cache; the cache is that of the start, as it changes with them. Heads
+        from which the cache leaves out next to nothing, as on rows that fit into it, stay as they
+        start: fitted to rounding, their states would be switched off.
         """
         if self.norm_weight is None:
             return
@@ -197,12 +207,19 @@ class Mixer(MixerBase):
         ]
         parameters = {"dt_bias": self.dt_bias, "b_weight": self.b_weight}
         with torch.no_grad():
-            _linear.best_per_head(self._state_alone, self._left(batches), parameters, grid)
+            left = self._left(batches)
+            fitted = _squares(left) >= _LEAST * _squares(batches)
+            if not fitted.any():
+                return
+            start = {name: x.clone() for name, x in parameters.items()}
+            _linear.best_per_head(self._state_alone, left, parameters, grid)
+            for name, x in parameters.items():
+                x[~fitted] = start[name][~fitted]
             left = self._left(batches)  # by the cache that the chosen gates make
             states = torch.cat([self._state_alone(x).flatten(0, 1) for x, _ in left])
             weight, _ = _linear.fit_weight(states, torch.cat([y.flatten(0, 1) for _, y in left]))
-            self.norm_weight.copy_(weight)
-            self.mix_state.fill_(1.0)
+            self.norm_weight[fitted] = weight[fitted].to(self.norm_weight)
+            self.mix_state[fitted] = 1.0
 
     def _state_alone(self, inputs: Inputs) -> torch.Tensor:
         return self._run(inputs, None, torch.ones_like(self.mix_cache), 0.0 * self.mix_cache)
@@ -237,6 +254,11 @@ def _most(options: Options, shape: GroupShape) -> int:
     """Return how many tokens are kept at most."""
     both = options.cache + options.block
     return both if shape.window is None else min(both, shape.window)
+
+
+def _squares(batches: Sequence[Seen]) -> torch.Tensor:
+    """Return the sum of the squares of every head's outputs [H]."""
+    return torch.stack([y.double().square().sum(dim=(0, 1, 3)) for _, y in batches]).sum(dim=0)
 
 
 def _load(state: State, v: torch.Tensor) -> hola.HolaState | None:

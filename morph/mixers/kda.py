@@ -51,8 +51,9 @@ class Options:
             raise RecipeError(
                 f"mixer kda: conv is {self.conv}; give 0 for none, or a width of 2 to 16."
             )
-        if self.rank < 1:
-            raise RecipeError(f"mixer kda: rank is {self.rank}; give 1 or more, usually 16.")
+        # a checkpoint's configuration must not be able to ask for all memory
+        if not 1 <= self.rank <= 1024:
+            raise RecipeError(f"mixer kda: rank is {self.rank}; give 1 to 1024, usually 16.")
 
 
 class Mixer(MixerBase):

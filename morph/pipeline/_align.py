@@ -62,8 +62,10 @@ def probing(
         if streamed is None:
             aligned = mixers(source, model, mixer, section, corpus, seed=seed, work=work, say=say)
             model.to("cuda" if torch.cuda.is_available() else home)
-        elif section.align and corpus is not None and _has_parameters(source, mixer):
-            say(f"warning: {mixer.name} is not aligned where the model is streamed")
+        elif corpus is not None and _has_parameters(source, mixer):
+            say(
+                f"warning: {mixer.name} is neither calibrated nor aligned where a model is streamed"
+            )
         with surgery.morphable(
             model, mixer.name, mixer.options, source.family, aligned=aligned, streamed=streamed
         ) as probe:

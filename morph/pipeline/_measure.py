@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from morph import checkpoint
-from morph.errors import UsageError
+from morph import plan as planning
+from morph.errors import UnsupportedModel, UsageError, escape
 from morph.pipeline import _data, _select
 from morph.pipeline._source import Say, Source, open_source, quiet
 from morph.plan import Plan
@@ -23,7 +24,7 @@ def compare(recipe: Recipe, model: str, against: str | None, *, say: Say = quiet
     from morph.pipeline import plan_of_folder
 
     if against is None:
-        alone = open_source(model, recipe.family)
+        alone = _alone(model, recipe.family)
         corpus = _data.corpus(recipe.data, alone.tokenizer())
         plan = None
         if (alone.path / "morph.json").is_file():
@@ -41,6 +42,19 @@ def compare(recipe: Recipe, model: str, against: str | None, *, say: Say = quiet
     plan = plan_of_folder(given.path, source)
     corpus = _data.corpus(recipe.data, source.tokenizer())
     return beside(recipe, source, plan, given, corpus, say=say)
+
+
+def _alone(model: str, family: str | None) -> Source:
+    """Return the model to evaluate; raise UsageError for what needs its source beside it."""
+    try:
+        return open_source(model, family)
+    except UnsupportedModel as error:
+        if (checkpoint.resolve(model) / "morph.json").is_file():
+            raise UsageError(
+                f"{escape(model)} was written by morph in another architecture than its source's; "
+                "name the source with --against SOURCE."
+            ) from error
+        raise
 
 
 def beside(
@@ -62,15 +76,13 @@ def beside(
         "hybrid": lambda: _train.student_of(base, plan, source, given),
     }
     plans: dict[str, Plan | None] = {"source": None, "hybrid": plan}
-    mixer = _mixer_of(plan)
-    full = [i for i in plan.full_layers if source.geometry.windows[i] is None]
+    mixer, kept = _mixer_of(plan)
     for name in recipe.evaluate.baselines:
         if name == "window":  # the training-free floor, whatever the hybrid's mixer is
             options = mixer.options if mixer.name == "sliding" else {}
             other = _select.baseline(source, Mixer(name="sliding", options=options), 0, "window")
         else:
-            count = max(1, len(full))
-            other = _select.baseline(source, mixer, count, "uniform")
+            other = _select.baseline(source, mixer, max(1, kept), "uniform")
         plans[name] = other
         models[name] = lambda other=other: _start.hybrid_of(
             base, other, corpus, recipe.mixer.calibrate
@@ -78,19 +90,42 @@ def beside(
     return evaluate(recipe, models, plans, corpus, source.tokenizer(), say=say)
 
 
-def _mixer_of(plan: Plan) -> Mixer:
-    """Return the mixer, with options, that most replaced heads have; the first of several."""
+def _mixer_of(plan: Plan) -> tuple[Mixer, int]:
+    """Return what the plan does to layers, as a recipe's section, and how many layers it keeps.
+
+    The mixer is the one that most replaced heads have, the first of several; heads whose mixer
+    keeps every token (`nope`) count as kept.
+    """
     heads: dict[str, int] = {}
-    found: dict[str, Mixer] = {}
-    for layer in plan.layers:
-        for group in layer.groups:
-            if group.mixer != "full":
-                key = f"{group.mixer} {sorted(group.options.items())}"
-                found.setdefault(key, Mixer(name=group.mixer, options=dict(group.options)))
-                heads[key] = heads.get(key, 0) + len(group.heads)
+    found: dict[str, planning.HeadGroup] = {}
+    kept: planning.HeadGroup | None = None
+    whole, fusion = 0, "none"
+    for layer, window in zip(plan.layers, plan.geometry.windows):
+        others = [g for g in layer.groups if not _keeps(g)]
+        whole += not others and window is None
+        fusion = layer.fusion if layer.fusion != "none" else fusion
+        kept = next((g for g in layer.groups if _keeps(g) and g.mixer != "full"), kept)
+        for group in others:
+            key = f"{group.mixer} {sorted(group.options.items())}"
+            found.setdefault(key, group)
+            heads[key] = heads.get(key, 0) + len(group.heads)
     if not heads:
         raise UsageError("the plan replaces nothing; there is nothing to compare.")
-    return found[max(heads, key=heads.__getitem__)]
+    main = found[max(heads, key=heads.__getitem__)]
+    mixer = Mixer(
+        name=main.mixer,
+        options=dict(main.options),
+        kept=kept.mixer if kept else "full",
+        kept_options=dict(kept.options) if kept else {},
+        fusion=fusion,  # type: ignore[arg-type]
+    )
+    return mixer, whole
+
+
+def _keeps(group: planning.HeadGroup) -> bool:
+    cost = group.cache or planning.CacheCost()
+    plain = not cost.state_elements and not cost.kv_state_elements
+    return group.mixer == "full" or (group.cache is not None and cost.tokens is None and plain)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -219,11 +220,16 @@ def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
     if state.fresh("checkpoint", inputs, folder):
         return dict(state.record["stages"]["checkpoint"]["use"])
     start = time.perf_counter()
-    teacher, log = state.model(), None
-    student = _start.hybrid_of(teacher, plan, state.corpus, recipe.mixer.calibrate, say=state.say)
+    from morph import surgery
+
+    teacher, log, student = state.model(), None, None
+    if recipe.distill or surgery.own_parameter_names(state.source.family, plan):
+        tokens = recipe.mixer.calibrate
+        student = _start.hybrid_of(teacher, plan, state.corpus, tokens, say=state.say)
     if recipe.distill:
         from morph.pipeline import _train
 
+        _set_aside(state, inputs)
         log = _train.distill(
             recipe,
             student,
@@ -251,6 +257,21 @@ def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
         more["distill"] = _train.summary(log, recipe)
     state.note("checkpoint", inputs, start, use=use, **more)
     return use
+
+
+def _set_aside(state: Run, inputs: Mapping[str, Any]) -> None:
+    """Move a training that belongs to other inputs out of the way, under another name."""
+    folder, stamp = state.out / "distill", state.out / "distill" / "inputs.sha256"
+    now = hashlib.sha256(json.dumps(strict.plain(inputs), sort_keys=True).encode()).hexdigest()
+    then = stamp.read_text().strip() if stamp.is_file() else None
+    if folder.exists() and then not in (None, now):
+        kept = state.out / f"distill-{then[:8]}"  # type: ignore[index]
+        if kept.exists():
+            shutil.rmtree(kept)
+        folder.rename(kept)
+        state.say(f"the training in {folder} was for other settings; it is now {kept}")
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(now + "\n")
 
 
 def _evaluation(state: Run, plan: Plan) -> Evaluation:

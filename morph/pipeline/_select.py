@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from morph import plan as planning
 from morph import registry, selection
-from morph.errors import MismatchError, PlanError, escape
+from morph.errors import MismatchError, PlanError, UsageError, escape
 from morph.pipeline import _data
 from morph.pipeline._source import Say, Source, quiet
 from morph.plan import Budget, Granularity, Plan, Scores
@@ -143,6 +143,7 @@ def dressed(plan: Plan, mixer: Mixer) -> Plan:
     """
     if mixer.kept == "full" and mixer.fusion == "none":
         return plan
+    _check_kept(plan, mixer)
     layers = []
     for layer, window in zip(plan.layers, plan.geometry.windows):
         groups = layer.groups
@@ -156,6 +157,20 @@ def dressed(plan: Plan, mixer: Mixer) -> Plan:
         fusion = mixer.fusion if any(g.mixer != "full" for g in groups) else "none"
         layers.append(planning.LayerPlan(groups=groups, fusion=fusion))
     return replace(plan, layers=tuple(layers))
+
+
+def _check_kept(plan: Plan, mixer: Mixer) -> None:
+    """Raise UsageError unless the mixer of what is kept keeps every token."""
+    from morph import surgery
+
+    heads = tuple(range(plan.geometry.num_attention_heads))
+    group = planning.HeadGroup(mixer=mixer.kept, heads=heads, options=mixer.kept_options)
+    _, cost = surgery.group_cost(group, plan.geometry, plan.geometry.candidates[0])
+    if cost.tokens is not None:
+        raise UsageError(
+            f"mixer.kept is {escape(mixer.kept)!r}, which does not keep every token; what the "
+            "budget keeps stays 'full', or 'nope' (attention without positions)."
+        )
 
 
 def _below_floor(scores: Scores, budget: Budget) -> list[str]:

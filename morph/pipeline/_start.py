@@ -34,7 +34,9 @@ def hybrid_of(
     made = modeling.hybrid(source, plan)
     if not any(adapts(layer) for layer in surgery.hybrid_layers(made).values()):
         return made
-    if corpus is None or not tokens or len(corpus.train) < 2:
+    if not tokens:
+        return made
+    if corpus is None or len(corpus.train) < 2:
         say("mixers keep their plain starts: there is no text to calibrate them on (--data FILE)")
         return made
     ids = text_ids(corpus, tokens)

@@ -204,6 +204,9 @@ def check(recipe: Recipe) -> None:
     _known("mixers", mixer.name, "mixer.name")
     _options("selectors", select.selector, select.options, "select.options")
     _options("mixers", mixer.name, mixer.options, "mixer.options")
+    if mixer.kept != "full":
+        _known("mixers", mixer.kept, "mixer.kept")
+    _options("mixers", mixer.kept, mixer.kept_options, "mixer.kept_options")
     _among((*TASKS, "passkeys", "text"), (select.task,), "select.task")
     if select.task_options and select.task != "passkeys":
         raise RecipeError(f"select.task_options: task {select.task} has none; passkeys has some.")
@@ -341,13 +344,14 @@ _FROM_ZERO = {
     "min_full_per_layer",
     "align",
     "perplexity_tokens",
-    "decode_tokens",
+    "calibrate",
 }
 
 
 def _ranges(recipe: Recipe) -> None:
     parts: list[tuple[str, Any]] = [("", recipe), ("data.", recipe.data)]
-    parts += [("select.", recipe.select), ("evaluate.", recipe.evaluate)]
+    parts += [("select.", recipe.select), ("mixer.", recipe.mixer)]
+    parts += [("evaluate.", recipe.evaluate)]
     parts += [(f"distill[{i}].", stage) for i, stage in enumerate(recipe.distill)]
     for prefix, part in parts:
         for f in fields(part):

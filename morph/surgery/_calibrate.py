@@ -71,7 +71,7 @@ def _visit(
     """Run `source`; call `watch` at every converted layer with what its attention took and gave."""
     family: Family = family_of(source.config.to_dict())  # type: ignore[operator, union-attr]
     base, layers, found, handles = base_of(source), hybrid_layers(hybrid), {}, []
-    was_training = source.training
+    training = {module: module.training for module in source.modules()}
 
     def hook(i: int, layer: HybridAttention) -> None:
         attention, taken = attention_of(base, family, i), {}
@@ -96,5 +96,6 @@ def _visit(
     finally:
         for handle in handles:
             handle.remove()
-        source.train(was_training)
+        for module, flag in training.items():
+            module.training = flag
     return found

@@ -117,7 +117,7 @@ def inform(base: nn.Module, swapped: tuple[int, ...]) -> Any:
         if "morph_context" in kwargs:
             return (), kwargs
         cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("attention_mask") is None and _documents(kwargs):
+        if cache is None and kwargs.get("attention_mask") is None and _documents(kwargs, 1):
             kwargs["use_cache"] = False  # what a border has cut off cannot be gone on with
         elif cache is None and _wants_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
@@ -158,7 +158,7 @@ def context(kwargs: Mapping[str, Any], past: int, cache: Cache | None = None) ->
     if isinstance(mask, Mapping):  # made ahead by generate(), one for every kind of layer
         mask = mask.get("full_attention")
     if mask is None:
-        return Context(documents=None if cache is not None else _documents(kwargs))
+        return Context(documents=None if cache is not None else _documents(kwargs, tokens.shape[0]))
     if mask.dim() == 4:
         mask = _padding_of(mask, past, length)
     real = mask[:, :length].to(torch.bool)
@@ -187,11 +187,11 @@ def _padding_of(mask: torch.Tensor, past: int, length: int) -> torch.Tensor:
     return real
 
 
-def _documents(kwargs: Mapping[str, Any]) -> Documents | None:
+def _documents(kwargs: Mapping[str, Any], rows: int) -> Documents | None:
     positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or positions.shape[-1] < 2:
         return None
-    return Documents.of(positions)
+    return Documents.of(positions.expand(max(rows, len(positions)), -1))
 
 
 def resolve_costs(plan: Plan) -> Plan:
