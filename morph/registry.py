@@ -143,17 +143,7 @@ def _outside(kind: str, name: str) -> Any:
             f"{escape(name)!r} is no {_one(kind)}: {escape(error)}. Give one of "
             f"{', '.join(names(kind))}, or 'package.module:object' that can be imported."
         ) from error
-    lacking = [n for n in _NEEDED.get(kind, ()) if not hasattr(found, n)]
-    if lacking:
-        raise UnknownName(
-            f"{escape(name)!r} is no {_one(kind)}: it has no {lacking[0]!r}. Give one of "
-            f"{', '.join(names(kind))}, or a module that has {' and '.join(_NEEDED[kind])}."
-        )
     return found
-
-
-# What a part from outside must have
-_NEEDED = {"mixers": ("Options", "Mixer")}
 
 
 def _one(kind: str) -> str:

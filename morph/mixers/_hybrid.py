@@ -16,7 +16,7 @@ from torch import nn
 
 from morph import registry, strict
 from morph.cache import MixerCacheLayer, State
-from morph.errors import PlanError
+from morph.errors import PlanError, escape
 from morph.families._family import Family
 from morph.mixers import _linear
 from morph.mixers._base import GroupShape, Inputs, MixerBase
@@ -257,6 +257,15 @@ class HybridAttention(nn.Module):
         return x[:, :, list(heads)]
 
 
+def mixer_module(name: str) -> Any:
+    """Return the module of a mixer; raise PlanError where it is none, UnknownName where unknown."""
+    module = registry.load("mixers", name)
+    lacking = [n for n in ("Options", "Mixer") if not hasattr(module, n)]
+    if lacking:
+        raise PlanError(f"{escape(name)!r} is no mixer: it has no {lacking[0]!r}.")
+    return module
+
+
 def make_mixer(
     group: HeadGroup,
     geometry: Geometry,
@@ -269,7 +278,7 @@ def make_mixer(
 
     Raises UnknownName for a mixer that does not exist and PlanError for options it does not have.
     """
-    module = registry.load("mixers", group.mixer)
+    module = mixer_module(group.mixer)
     where = f"layer {layer_idx}: mixer {group.mixer}"
     options = strict.build(module.Options, group.options, where, PlanError)
     shape = group_shape(group, geometry, layer_idx, scale, softcap, norm_eps)

@@ -16,12 +16,18 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from morph import registry, strict
+from morph import strict
 from morph.cache import adopt
 from morph.errors import MismatchError, PlanError, UnsupportedModel
 from morph.families._family import Family
 from morph.families._lookup import family_of
-from morph.mixers._hybrid import Context, HybridAttention, group_shape, make_mixer
+from morph.mixers._hybrid import (
+    Context,
+    HybridAttention,
+    group_shape,
+    make_mixer,
+    mixer_module,
+)
 from morph.mixers._packed import Documents
 from morph.plan import CacheCost, Geometry, HeadGroup, LayerPlan, Plan
 
@@ -220,7 +226,7 @@ def group_cost(
     group: HeadGroup, geometry: Geometry, layer_idx: int
 ) -> tuple[dict[str, Any], CacheCost]:
     """Return a group's complete options and what its mixer keeps."""
-    module = registry.load("mixers", group.mixer)
+    module = mixer_module(group.mixer)
     where = f"layer {layer_idx}: mixer {group.mixer}"
     options = strict.build(module.Options, group.options, where, PlanError)
     cost = module.Mixer.cache_cost(options, group_shape(group, geometry, layer_idx))

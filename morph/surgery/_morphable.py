@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from morph import registry, strict
+from morph import strict
 from morph.errors import PlanError
 from morph.families._family import Family
 from morph.families._lookup import family_of
 from morph.mixers._base import MixerBase
-from morph.mixers._hybrid import HybridAttention
+from morph.mixers._hybrid import HybridAttention, mixer_module
 from morph.plan import Granularity, HeadGroup, LayerPlan
 from morph.surgery._graft import base_of, geometry_of, layers_of
 from morph.surgery._memo import Memo
@@ -99,7 +99,7 @@ class Morphable:
         self.streaming = False
         self.fetch: Callable[[int], None] = lambda layer: None
         self.release: Callable[[int | None], None] = lambda layer: None
-        module = registry.load("mixers", mixer)
+        module = mixer_module(mixer)
         parsed = strict.build(module.Options, options or {}, f"mixer {mixer}", PlanError)
         self.options = strict.plain(parsed)
         self.prefix = module.Mixer.exact_prefix(parsed)
