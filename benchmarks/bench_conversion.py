@@ -7,8 +7,8 @@ same tokens: plain start, calibrated start (4,096 tokens, no gradient), after `a
 parameters and projections regress the layer's output), after `logits` (KL, half of the batches
 needle questions). Measured each time: recall of `multikey` by length, perplexity on held-out text,
 bytes of generation state at 1,024 tokens. `window` is the window alone, the baseline to beat.
-`--granularity kv_head` and `head` spread the same number of full heads over the layers, where
-Fisher scores put them. Rows already in the work folder are not measured again.
+`--granularity kv_head` and `head` spread full heads over the layers, as many as let the cache grow
+by the same bytes a token, where Fisher scores put them. Rows already in the work folder are not measured again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from morph.recipes.schema import Data, Evaluate, Mixer, Select, Stage
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "data" / "sherlock_holmes.txt"
 KEPT = (5, 7)
+GROWTH = "1024B"  # what two full layers of four KV heads of 32 add a token, at 16 bits
 # name in the table -> mixer and options; 64 tokens of window hold as many bytes as one state here
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("sliding", {"window": 64}),
@@ -65,7 +66,7 @@ def plan_of(source: Source, mixer: Mixer, granularity: str, corpus: Any, model: 
     section = Select(
         selector="fisher",
         granularity=granularity,
-        budget="1/4",
+        budget=GROWTH,
         task="multikey",
         examples=16,
         seq_len=512,

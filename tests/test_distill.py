@@ -693,6 +693,23 @@ def test_state_of_another_run_is_refused(key, whole):
     assert (whole[2] / "log.jsonl").read_bytes() == whole[1]
 
 
+def test_state_of_another_start_is_refused(tmp_path):
+    """As when the same plan was converted again, calibrated this time."""
+    teacher = make_teacher()
+    plan = uniform_plan("llama", surgery.geometry_of(teacher), [1], "decay", {}, None)
+    for start in (0.0, 0.5):
+        student = modeling.hybrid(teacher, plan)
+        with torch.no_grad():
+            for _, p in surgery.mixer_parameters(student):
+                p.sub_(start)
+        how = {"out": tmp_path, "seed": 1}
+        if not start:
+            distill(student, teacher, [stage()], text_batches(TEXT, seed=5), **how)
+            continue
+        with pytest.raises(MismatchError, match="state of another run: student differs"):
+            distill(student, teacher, [stage()], text_batches(TEXT, seed=5), **how)
+
+
 # --- trouble ------------------------------------------------------------------------------------
 
 

@@ -21,10 +21,11 @@ from transformers import (
 
 from morph import evaluate as ev
 from morph import evaluation as found
-from morph import modeling
+from morph import modeling, surgery
 from morph.data import Example
 from morph.errors import DataError, RecipeError, VerificationFailed
-from morph.plan import CacheCost, Geometry, full_plan, uniform_plan
+from morph.pipeline import _measure
+from morph.plan import CacheCost, Geometry, HeadGroup, LayerPlan, Plan, full_plan, uniform_plan
 from morph.recipes.schema import Evaluate
 
 VOCAB = 61
@@ -429,3 +430,19 @@ def test_settings_that_cannot_be(change, error, words):
 def test_no_model_is_refused():
     with pytest.raises(DataError, match="no model"):
         run({})
+
+
+def test_the_baseline_of_a_hype_plan_keeps_what_the_plan_keeps():
+    """Layers on `nope` are what the budget kept; the baseline spreads as many, of the same kind."""
+    shape = Geometry(
+        num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        v_head_dim=8, hidden_size=32, windows=(None,) * 8,
+    )  # fmt: skip
+
+    def layer(mixer):
+        return LayerPlan(groups=(HeadGroup(mixer=mixer, heads=(0, 1, 2, 3)),))
+
+    layers = tuple(layer(m) for m in ("nope", "nope", *["decay"] * 6))
+    plan = surgery.resolve_costs(Plan(model_type="llama", geometry=shape, layers=layers))
+    mixer, kept = _measure.layout_of(plan)
+    assert (mixer.name, mixer.kept, kept) == ("decay", "nope", 2)

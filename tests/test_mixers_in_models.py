@@ -150,6 +150,34 @@ def test_one_step_of_training_moves_every_parameter_of_its_own(hybrid):
         assert p.grad.any(), name
 
 
+@torch.no_grad()
+def test_a_right_padded_prompt_is_gone_on_from_where_nothing_is_bounded(hybrid):
+    """Recurrent states and convolutions end at the last real token; windows count the padding."""
+    plan = modeling.plan_of(hybrid.config)
+    groups = [g for i in plan.replaced_layers for g in plan.layers[i].groups]
+    if any(g.cache.tokens for g in groups):
+        pytest.skip("a window counts padding on the right as tokens")
+    ids, pad = ids_for(hybrid, length=14), 4
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, -pad:] = 0
+    cache = hybrid(ids, attention_mask=mask, use_cache=True).past_key_values
+    step = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    at = (step.cumsum(dim=1) - 1)[:, -1:]
+    got = hybrid(
+        ids[:, :1], attention_mask=step, position_ids=at, past_key_values=cache, use_cache=True
+    ).logits
+    alone = hybrid(torch.cat([ids[:1, :-pad], ids[:1, :1]], dim=1)).logits[:, -1:]
+    assert_close("row", alone, got[:1], ratio=2e-5)
+
+
+def test_positions_given_once_pack_every_row(hybrid):
+    ids = ids_for(hybrid, length=12)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with torch.no_grad():
+        once = hybrid(ids, position_ids=positions).logits
+        assert torch.equal(once, hybrid(ids, position_ids=positions.expand(2, -1)).logits)
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_on_a_gpu_it_computes_and_generates_the_same(hybrid):

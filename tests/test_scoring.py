@@ -630,7 +630,7 @@ def test_gradients_are_not_streamed(
 
 def test_mixers_are_not_aligned_while_streaming(place: Place, text: Path, here: Path) -> None:
     result = good(*decay("--stream", "--selector", "nll", model=place.model))
-    assert "warning: decay is not aligned" in result.err
+    assert "warning: decay is neither calibrated nor aligned" in result.err
     assert not aligned(here)
 
 

@@ -173,8 +173,8 @@ class _Run:
             "plan": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
             "seed": seed,
             "stages": strict.plain(list(stages)),
-            "student": model_digest(self.student, with_values=True),  # as it starts
-            "teacher": model_digest(self.teacher, with_values=True),
+            "student": model_digest(self.student, besides=self.teacher),  # as it starts
+            "teacher": model_digest(self.teacher),
         }
         self.states = RunStates(out / "states", settings, self.note)
 

@@ -288,12 +288,16 @@ def set_random_state(state: Mapping[str, str], device: torch.device) -> None:
         torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
 
 
-def model_digest(model: nn.Module, with_values: bool) -> str:
-    """Return a sha256 over names, shapes, dtypes and, if asked, a sample of every parameter."""
+def model_digest(model: nn.Module, besides: nn.Module | None = None) -> str:
+    """Return a sha256 over names, shapes, dtypes and a sample of every parameter.
+
+    The values of parameters that `besides` holds too are left out.
+    """
     digest = hashlib.sha256()
+    shared = set() if besides is None else {id(p) for p in besides.parameters()}
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}\n".encode())
-        if with_values:
+        if id(p) not in shared:
             sample = p.detach().reshape(-1)[:: max(1, p.numel() // 64)].double().cpu()
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

@@ -76,7 +76,7 @@ def beside(
         "hybrid": lambda: _train.student_of(base, plan, source, given),
     }
     plans: dict[str, Plan | None] = {"source": None, "hybrid": plan}
-    mixer, kept = _mixer_of(plan)
+    mixer, kept = layout_of(plan)
     for name in recipe.evaluate.baselines:
         if name == "window":  # the training-free floor, whatever the hybrid's mixer is
             options = mixer.options if mixer.name == "sliding" else {}
@@ -90,7 +90,7 @@ def beside(
     return evaluate(recipe, models, plans, corpus, source.tokenizer(), say=say)
 
 
-def _mixer_of(plan: Plan) -> tuple[Mixer, int]:
+def layout_of(plan: Plan) -> tuple[Mixer, int]:
     """Return what the plan does to layers, as a recipe's section, and how many layers it keeps.
 
     The mixer is the one that most replaced heads have, the first of several; heads whose mixer
