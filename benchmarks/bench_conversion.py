@@ -8,7 +8,8 @@ parameters and projections regress the layer's output), after `logits` (KL, half
 needle questions). Measured each time: recall of `multikey` by length, perplexity on held-out text,
 bytes of generation state at 1,024 tokens. `window` is the window alone, the baseline to beat.
 `--granularity kv_head` and `head` spread full heads over the layers, as many as let the cache grow
-by the same bytes a token, where Fisher scores put them. Rows already in the work folder are not measured again.
+by the same bytes a token, where Fisher scores put them. Rows already in the work folder are not
+measured again.
 """
 
 from __future__ import annotations
