@@ -313,15 +313,25 @@ class Plan:
         """One letter a layer, such as `FFSSFSSF`.
 
         F is untouched full attention, o the source's own window, * a mixture of heads; other
-        mixers show their initial.
+        mixers show their initial, or the first letter that no other mixer of the plan has.
         """
-        letters = []
+        letters, own = [], self.letters
         for layer, window in zip(self.layers, self.geometry.windows):
             if layer.is_full:
                 letters.append("F" if window is None else "o")
             else:
-                letters.append(_letter(layer.mixer) if layer.mixer else "*")
+                letters.append(own[layer.mixer] if layer.mixer else "*")
         return "".join(letters)
+
+    @property
+    def letters(self) -> dict[str, str]:
+        """The letter of every mixer in `pattern`, by the mixer's name."""
+        found: dict[str, str] = {}
+        for mixer in self.mixers:
+            name = _last_part(mixer).upper()
+            free = [c for c in name if c.isalpha() and c not in ("F", *found.values())]
+            found[mixer] = (free or [name[:1] or "?"])[0]
+        return found
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -361,10 +371,10 @@ class Plan:
         return round(total)
 
 
-def _letter(mixer: str) -> str:
-    """Return the initial of a mixer's name, or of the last part of `package.module:object`."""
+def _last_part(mixer: str) -> str:
+    """Return a mixer's name, or the last part of `package.module:object`."""
     parts = [part.strip("_") for part in re.split("[.:]", mixer)]
-    return next((part[0].upper() for part in reversed(parts) if part), "?")
+    return next((part for part in reversed(parts) if part), "")
 
 
 def full_plan(model_type: str, geometry: Geometry) -> Plan:

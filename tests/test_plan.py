@@ -502,3 +502,14 @@ def test_bad_scores(values, pairs, needle: str):
     with pytest.raises(PlanError) as caught:
         scores(values, pairs=pairs)
     assert needle in str(caught.value)
+
+
+def test_mixers_of_one_initial_have_letters_of_their_own() -> None:
+    def layer(mixer: str) -> LayerPlan:
+        return LayerPlan(groups=(HeadGroup(mixer=mixer, heads=(0, 1, 2, 3)),))
+
+    names = ("full", "gla", "gated_delta", "hola", "hedgehog", "pkg.fancy:Mixer", "gla")
+    layers = tuple(layer(name) for name in names)
+    plan = Plan(model_type="llama", geometry=geometry(7), layers=layers)
+    assert plan.letters["gated_delta"] == "G" and plan.letters["hedgehog"] == "H"
+    assert plan.pattern == "FLGOHML"

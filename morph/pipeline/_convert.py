@@ -296,7 +296,7 @@ def _card(
     return (
         f"# Hybrid of {name}\n\n"
         f"Made by morph from `{name}` (model type `{source.family.model_type}`). "
-        f"Attention per layer, F full, S sliding window, D decay, * mixed heads:\n\n"
+        f"Attention per layer, {_legend(plan)}:\n\n"
         f"    {plan.pattern}\n\n"
         f"Saved as `{config['model_type']}`.{why}\n\n"
         "| tokens | cache of the source, bytes (16 bit) | cache of the hybrid |\n|---|---|---|\n"
@@ -305,6 +305,12 @@ def _card(
         f'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER"{trust})\n```\n\n'
         f"Serving: {serve}\n"
     )
+
+
+def _legend(plan: Plan) -> str:
+    """Return what the letters of a plan's pattern mean."""
+    parts = [f"{letter} {escape(mixer)}" for mixer, letter in plan.letters.items()]
+    return ", ".join(["F full", *parts, "* heads of several kinds"])
 
 
 def probe_ids(source: Source, plan: Plan) -> np.ndarray:
