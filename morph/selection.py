@@ -125,7 +125,9 @@ def _count_full(budget: Budget, shape: Geometry, granularity: Granularity, total
     if budget.full_fraction is not None:
         return max(1, int(total * budget.full_fraction + 1e-9))
     assert budget.cache_bytes_per_token is not None
-    per_unit = 2 * shape.entry_elements() * shape.num_key_value_heads / width
+    # a query head on its own holds a whole KV head
+    share = 1 if granularity == "head" else shape.num_key_value_heads / width
+    per_unit = 2 * shape.entry_elements() * share
     count = min(total, int(budget.cache_bytes_per_token / per_unit))
     if count < 1:
         raise PlanError(

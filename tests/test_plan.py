@@ -513,3 +513,22 @@ def test_mixers_of_one_initial_have_letters_of_their_own() -> None:
     plan = Plan(model_type="llama", geometry=geometry(7), layers=layers)
     assert plan.letters["gated_delta"] == "G" and plan.letters["hedgehog"] == "H"
     assert plan.pattern == "FLGOHML"
+
+
+@pytest.mark.parametrize("granularity", ["layer", "kv_head", "head"])
+@pytest.mark.parametrize("seed", range(4))
+def test_bytes_bound_what_a_plan_grows_by(granularity: str, seed: int) -> None:
+    shape = geometry(6, heads=8, kv_heads=4)
+    drawn = random.Random(seed)
+    width = shape.units(granularity)  # type: ignore[arg-type]
+    values = [[drawn.random() for _ in range(width)] for _ in range(6)]
+    limit = 2 * 4 * shape.entry_elements()  # one full layer, at 16 bits
+    plan = choose(
+        scores(values, granularity),
+        Budget(cache_bytes_per_token=limit),
+        geometry=shape,
+        mixer="sliding",
+        cache=CacheCost(tokens=4),
+    )
+    grown = (plan.cache_bytes(2000) - plan.cache_bytes(1000)) / 1000
+    assert 0 < grown <= limit

@@ -83,8 +83,8 @@ def environment() -> dict[str, Any]:
         made = kernel.example(**sizes, dtype=dtype, generator=torch.Generator())
         inputs = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in made.items()}
         reasons = {path: kernel.unsupported(path, **inputs) for path in kernel.PATHS}
-        found[f"kernel {name}"] = ", ".join(
-            f"{path}: {reason or 'runs here'}" for path, reason in reasons.items()
+        found[f"kernel {name}"] = " | ".join(
+            f"{path}: {reason.rstrip('.') or 'runs here'}" for path, reason in reasons.items()
         )
     return found
 
