@@ -55,6 +55,7 @@ def test_calibrated_layers_come_nearer_to_the_source(name: str) -> None:
     for i in found:
         assert found[i].before == pytest.approx(before[i])
         assert found[i].after == pytest.approx(after[i])
+        assert after[i] <= before[i]
         if name != "parallel":  # attention is there already, and the branch is silent
             assert after[i] < 0.8 * before[i]
     for n, p in model.named_parameters():

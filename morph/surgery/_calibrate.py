@@ -35,14 +35,20 @@ class Start:
 def calibrate(hybrid: nn.Module, source: nn.Module, ids: torch.Tensor) -> dict[int, Start]:
     """Let every mixer of `hybrid` start from what `source` computes on ids `[B, T]`, in place.
 
-    Returns how near each converted layer came. The source is run once and left as it was; mixers
-    without a `calibrate` of their own keep their parameters.
+    Returns how near each converted layer came; one that would come out farther keeps its start. The
+    source is run once and left as it was; mixers without a `calibrate` keep their parameters.
     """
 
     def watch(layer: HybridAttention, hidden: Any, positions: Any, heads: Any, y: Any) -> Start:
         before = _distance(layer, hidden, positions, y)
+        start = {name: p.detach().clone() for name, p in layer.own_parameters()}
         layer.calibrate([(hidden, positions, heads)])
-        return Start(before=before, after=_distance(layer, hidden, positions, y))
+        after = _distance(layer, hidden, positions, y)
+        if not after <= before:  # heads are fitted one by one; together they may do worse
+            for name, p in layer.own_parameters():
+                p.copy_(start[name])
+            after = before
+        return Start(before=before, after=after)
 
     return _visit(hybrid, source, ids, watch)
 
