@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from morph import registry
+from morph.kernels import _fla
 from morph.testing import error_ratio
 
 # Bytes per second and dense bfloat16 operations per second, by a word of the device's name
@@ -93,13 +94,8 @@ def rivals(op: str) -> dict[str, Run]:
     if op == "sliding":
         found["flex"] = _flex()
         return found
-    try:
-        from morph.kernels import _fla
-
-        if not _fla.missing():
-            found["fla"] = lambda **x: _fla.run(op, **x)[0]
-    except ImportError:
-        pass
+    if not _fla.missing():
+        found["fla"] = lambda **x: _fla.run(op, **x)[0]
     return found
 
 

@@ -76,7 +76,6 @@ class MixerBase(nn.Module, ABC):
     """Base of all mixers; concrete ones are final. `wants` may be set per instance."""
 
     wants: Wants = "rotated"
-    made_of_others: ClassVar[bool] = False  # then `Inputs.earlier` is filled for them
 
     def __init__(self, shape: GroupShape, options: Any) -> None:
         super().__init__()
@@ -133,7 +132,7 @@ class MixerBase(nn.Module, ABC):
 
     @classmethod
     def uses(cls, options: Any) -> tuple[str, ...]:
-        """Return the names of other mixers that this one is made of."""
+        """Return the names of the mixers that this one is made of: `Inputs.earlier` is for them."""
         return ()
 
     # Names (relative to the mixer) of parameters that get their own learning rate, no weight decay

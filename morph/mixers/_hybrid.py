@@ -149,7 +149,10 @@ class HybridAttention(nn.Module):
                 self.fusion.calibrate([heads for _, _, heads in batches])
 
     def projected(self, hidden_states: torch.Tensor, position_embeddings: Any) -> Projected:
-        """Return q `[B, T, H, K]`, k `[B, T, G, K]` and v `[B, T, G, V]`, q and k at each stage."""
+        """Return q `[B, T, H, K]`, k `[B, T, G, K]` and v `[B, T, G, V]`, q and k at each stage.
+
+        Stages that no mixer of this layer wants are left out.
+        """
         fam, shape = self.family, self.geometry
         q_rows = shape.num_attention_heads * shape.head_dim
         k_rows = shape.num_key_value_heads * shape.head_dim
@@ -161,16 +164,28 @@ class HybridAttention(nn.Module):
         else:
             q, k, v = (getattr(self, name)(hidden_states) for name in (fam.q, fam.k, fam.v))
         stages = {"projected": (self._split(q), self._split(k))}
+        v, wanted = v.unflatten(-1, (-1, shape.v_head_dim)), self._wanted()
+        if wanted == "projected":
+            return Projected(v=v, stages=stages)
         if fam.norm_scope == "projection":
             q, k = self._norm(fam.q_norm, q), self._norm(fam.k_norm, k)
         q, k = self._split(q), self._split(k)
         if fam.norm_scope == "head":
             q, k = self._norm(fam.q_norm, q), self._norm(fam.k_norm, k)
         stages["raw"] = q, k
+        if wanted == "raw":
+            return Projected(v=v, stages=stages)
         if self.rotates and position_embeddings is not None:
             q, k = self._rotary(q, k, *position_embeddings, unsqueeze_dim=2)
         stages["rotated"] = q, k
-        return Projected(v=v.unflatten(-1, (-1, shape.v_head_dim)), stages=stages)
+        return Projected(v=v, stages=stages)
+
+    def _wanted(self) -> str:
+        """Return the last stage that any mixer of this layer looks at."""
+        wants = {m.wants for m in self.mixers}
+        if "rotated" in wants or any(m.uses(m.options) for m in self.mixers):
+            return "rotated"
+        return "raw" if "raw" in wants else "projected"
 
     def mix(
         self,
@@ -204,15 +219,16 @@ class HybridAttention(nn.Module):
         self, i: int, hidden: torch.Tensor, found: Projected, padding: torch.Tensor | None
     ) -> Inputs:
         """Return what the mixer of group `i` sees."""
-        heads, kv_heads = self.heads[i], self.kv_heads[i]
+        heads, kv_heads, mixer = self.heads[i], self.kv_heads[i], self.mixers[i]
+        several = bool(mixer.uses(mixer.options))
         stages = {
             name: (self._pick(q, heads), self._pick(k, kv_heads))
             for name, (q, k) in found.stages.items()
-            if name == self.mixers[i].wants or self.mixers[i].made_of_others
+            if several or name == mixer.wants
         }
-        q, k = stages[self.mixers[i].wants]
+        q, k = stages[mixer.wants]
         v = self._pick(found.v, kv_heads)
-        earlier = stages if self.mixers[i].made_of_others else None
+        earlier = stages if several else None
         return Inputs(q=q, k=k, v=v, hidden=hidden, padding=padding, earlier=earlier)
 
     def forward(

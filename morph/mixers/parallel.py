@@ -58,7 +58,6 @@ class Options:
 class Mixer(MixerBase):
     """Attention and another mixer on one head group; `gain_full` and `gain_branch` [H]."""
 
-    made_of_others = True
     gates = ("gain_full", "gain_branch")
 
     def __init__(self, shape: GroupShape, options: Options) -> None:

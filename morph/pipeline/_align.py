@@ -50,7 +50,7 @@ def probing(
 
     `work` is the folder that keeps what was aligned; None: nothing is kept. Where there is a GPU
     the model is on it meanwhile. `streamed` reads the layers of a model that is streamed, whose
-    mixers are not aligned.
+    mixers are neither calibrated nor aligned.
     """
     import torch
 

@@ -215,7 +215,6 @@ def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
         **_base(state),
         "plan": planning.dumps(plan),
         "distill": strict.plain(recipe.distill),
-        "calibrate": recipe.mixer.calibrate,
     }
     if state.fresh("checkpoint", inputs, folder):
         return dict(state.record["stages"]["checkpoint"]["use"])

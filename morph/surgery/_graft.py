@@ -123,16 +123,14 @@ def inform(base: nn.Module, swapped: tuple[int, ...]) -> Any:
         if "morph_context" in kwargs:
             return (), kwargs
         cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("attention_mask") is None and _documents(kwargs, 1):
+        past = int(cache.get_seq_length()) if cache is not None and len(cache.layers) else 0
+        found = context(kwargs, past, cache)
+        if found.documents is not None:
             kwargs["use_cache"] = False  # what a border has cut off cannot be gone on with
         elif cache is None and _wants_cache(module, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
-        past = 0
-        if cache is not None:
-            past = int(cache.get_seq_length()) if len(cache.layers) else 0
-            if past == 0:
-                adopt(cache, swapped, module.config.num_hidden_layers)
-        found = context(kwargs, past, cache)
+        if cache is not None and past == 0:
+            adopt(cache, swapped, module.config.num_hidden_layers)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Mapping) or (mask is not None and mask.dim() == 4):
             # masks made ahead for a static cache have its full size; let the model make its own
