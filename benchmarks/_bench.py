@@ -6,6 +6,8 @@ so that another load on the machine weighs on both sides alike.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -65,12 +67,38 @@ def say_peak(prepare: Callable[[], Run]) -> None:
     Meant for a child process of its own: a peak never falls.
     """
     run = prepare()
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     run()
-    print(_memory("VmHWM") - before)
+    print(memory("VmHWM") - before)
 
 
-def _memory(field: str) -> int:
+def last_line(script: str, *args: str) -> str:
+    """Return the last line that `python script *args` prints, with memory freed when dropped."""
+    # Without these, what one side leaves to the allocator would be counted by chance.
+    limits = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    done = subprocess.run(
+        [sys.executable, script, *args],
+        env={**os.environ, **limits, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def settled_bytes() -> int:
+    """Return the resident bytes of this process once nothing dropped is held any more."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return memory("VmRSS")
+
+
+def forget_peak() -> None:
+    """Let the peak of this process start again from what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def memory(field: str) -> int:
     """Return a size from /proc: unlike getrusage's, it does not start at the parent's peak."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field):

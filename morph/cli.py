@@ -331,12 +331,63 @@ def compare(
 
 
 @app.command()
+def align(
+    model: Model,
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="Folder to write.")],
+    mixers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mixer", metavar="NAME[:KEY=VALUE,...]", help="What to align to. Repeatable."
+        ),
+    ] = None,
+    data: Texts = None,
+    tokens: Annotated[
+        str, typer.Option("--tokens", metavar="N", help="How much text, for all of them at once.")
+    ] = "100K",
+    family: FamilyOption = None,
+    seed: Seed = 0,
+    dtype: DType = None,
+    sets: Sets = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Align every layer to several mixers in one pass, for plans to start from."""
+    from morph import pipeline
+    from morph.pipeline import _next
+
+    recipe = as_recipe(model, [], family=family, data=data, seed=seed, dtype=dtype)
+    recipe = pipeline.with_stages(recipe, f"align={tokens}", sets or [])
+    with terminal.training() as progress:
+        found = pipeline.align_command(
+            recipe, mixers or [], bank, force=force, say=terminal.say, progress=progress
+        )
+    terminal.emit(found, as_json, _aligned)
+    terminal.next_command(_next.after_align(recipe, bank, found["mixers"]))
+
+
+def _aligned(found: Any) -> None:
+    rows = [
+        [layer, *(f"{m['before'][layer]:.4f} -> {m['after'][layer]:.4f}" for m in found["mixers"])]
+        for layer in found["mixers"][0]["after"]
+    ]
+    names = [m["mixer"] for m in found["mixers"]]
+    terminal.table("relative error of the layers' outputs", ["layer", *names], rows, 1)
+    terminal.pairs({"wrote": found["wrote"], "tokens": found["tokens"]})
+
+
+@app.command()
 def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", help="A plan.json; otherwise score and plan first."),
+    ] = None,
+    aligned: Annotated[
+        Path | None,
+        typer.Option(
+            "--aligned", metavar="BANK", help="Start the layers from what `morph align` wrote."
+        ),
     ] = None,
     selector: Selector = None,
     budget: BudgetOption = None,
@@ -385,6 +436,7 @@ def convert(
         recipe,
         out,
         plan_file=plan_file,
+        aligned=aligned,
         target=target,
         with_code=with_code,
         force=force,

@@ -6,17 +6,18 @@ of its arguments: the same seed gives the same tokens on every machine.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from morph.documents import encode as encode
+from morph.documents import read_documents as read_documents
+from morph.documents import read_text as read_text
 from morph.errors import DataError
 
 NEEDLE_TASKS = {
@@ -90,108 +91,58 @@ class Needle:
 # --- Text ---------------------------------------------------------------------------------------
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Read the texts of a `.txt`, `.json` (list of strings) or `.jsonl` (`"text"` field) file.
-
-    A text file is one document. Blank lines inside JSON documents become single newlines, the
-    form in which TinyStories models were trained. Raises DataError.
-    """
-    path = Path(path)
-    if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise DataError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'!r} as text;"
-            " pass a .txt, .json or .jsonl file"
-        )
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such text file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert it first") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    documents = [raw] if path.suffix == ".txt" else _parse_json_documents(path, raw)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise DataError(f"{path}: holds no text")
-    return documents
-
-
-def _parse_json_documents(path: Path, raw: str) -> list[str]:
-    documents: list[Any] = []
-    try:
-        if path.suffix == ".json":
-            documents = json.loads(raw)
-            if not isinstance(documents, list):
-                raise DataError(
-                    f"{path}: top level is {type(documents).__name__}, not a list of strings"
-                )
-        else:
-            for number, line in enumerate(raw.splitlines(), 1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or "text" not in record:
-                        raise DataError(f'{path}: line {number} has no "text" field')
-                    documents.append(record["text"])
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    for number, document in enumerate(documents, 1):
-        if not isinstance(document, str):
-            raise DataError(f"{path}: text {number} is {type(document).__name__}, not a string")
-    return [re.sub(r"\n\s*\n", "\n", document) for document in documents]
-
-
-def read_text(path: str | Path) -> str:
-    """Read a text file as one string; documents of a JSON file are parted by a blank line.
-
-    Raises DataError where the file is missing, empty, not UTF-8 or of another layout.
-    """
-    return "\n\n".join(read_documents(path))
-
-
 def token_ids(tokenizer: Any, text: str) -> torch.LongTensor:
     """Encode a text without special tokens: LongTensor `[N]`."""
     return torch.tensor(encode(tokenizer, text), dtype=torch.long)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text without special tokens."""
-    # verbose=False: a novel is longer than any context, and that warning would be noise.
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-
 class TextBatches:
-    """Random windows of a text, each batch a pure function of seed and step.
+    """Windows of a text, read in epochs; each batch is a pure function of seed and step.
 
-    A run that resumes needs to know its step and nothing else. With `bos` every row starts with
-    that token. Raises DataError where the text is shorter than one row.
+    An epoch cuts the text into windows that do not overlap, from an offset of its own, and takes
+    them in an order of its own: every token is read once before any of that epoch comes again.
+    The windows of an epoch leave out fewer than two windows of tokens, at the two ends of the
+    text, and other ones each time. A run that resumes needs to know its step and nothing else;
+    what is held is one epoch's order. With `bos` every row starts with that token. Raises
+    DataError where the text is shorter than one row.
     """
 
     def __init__(
         self, ids: torch.Tensor, batch_size: int, seq_len: int, seed: int, bos: int | None = None
     ) -> None:
-        self._take = seq_len - (bos is not None)
-        if batch_size < 1 or self._take < 1:
+        self._take = take = seq_len - (bos is not None)
+        if batch_size < 1 or take < 1:
             raise DataError(
                 f"batch_size {batch_size} and seq_len {seq_len}: both must be at least"
                 " 1 (2 tokens a row with BOS)"
             )
-        if len(ids) < self._take:
+        if len(ids) < take:
             raise DataError(
-                f"the text has {len(ids)} tokens, one row needs {self._take}; pass a"
+                f"the text has {len(ids)} tokens, one row needs {take}; pass a"
                 " longer text or a smaller seq_len"
             )
         self.ids, self.batch_size, self.seq_len = ids, batch_size, seq_len
         self.seed, self.bos = seed, bos
+        # One window fewer than would fit, so that every offset has as many: steps say the epoch
+        self.windows = max(1, (len(ids) - take + 1) // take)
+        self._epoch: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int) -> torch.LongTensor:
         """The batch of one step: LongTensor `[B, T]`."""
-        rng = np.random.default_rng([self.seed, step])
-        starts = rng.integers(0, len(self.ids) - self._take + 1, size=self.batch_size)
-        rows = torch.stack([self.ids[start : start + self._take] for start in starts.tolist()])
+        first = step * self.batch_size
+        starts = [self._start(row) for row in range(first, first + self.batch_size)]
+        rows = torch.stack([self.ids[start : start + self._take] for start in starts])
         if self.bos is not None:
             rows = torch.cat([rows.new_full((self.batch_size, 1), self.bos), rows], dim=1)
         return rows
+
+    def _start(self, row: int) -> int:
+        epoch, place = divmod(row, self.windows)
+        if self._epoch is None or self._epoch[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            offset = int(rng.integers(len(self.ids) - self.windows * self._take + 1))
+            self._epoch = epoch, offset + self._take * rng.permutation(self.windows)
+        return int(self._epoch[1][place])
 
 
 # --- Needles ------------------------------------------------------------------------------------

@@ -9,22 +9,22 @@ import shlex
 import shutil
 import sys
 import textwrap
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from morph import registry
+from morph._progress import measuring as measuring
+from morph._progress import training as training
 from morph.errors import MorphError, UnknownName, escape, nearest
 
 DEBUG = False
 
 
-def _console(stderr: bool = False) -> Any:
+def _console() -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return Console(highlight=False, soft_wrap=False)
 
 
 def say(message: str) -> None:
@@ -167,8 +167,13 @@ def _reflowed(text: str) -> str:
 
 
 def pairs(found: Mapping[str, Any]) -> None:
-    """Print a mapping as two columns; what is None is left out."""
-    rows = [[str(k).replace("_", " "), _value(v)] for k, v in found.items() if v is not None]
+    """Print a mapping as two columns; what is None is left out, and each sentence has a row."""
+    rows = []
+    for key, value in found.items():
+        texts = [_value(value)] if value is not None else []
+        if isinstance(value, list) and any(isinstance(v, str) and " " in v for v in value):
+            texts = [_value(v) for v in value]
+        rows += [[str(key).replace("_", " ") * (not i), text] for i, text in enumerate(texts)]
     if rows:
         table("", ["", ""], rows)
 
@@ -340,116 +345,3 @@ def run(found: Mapping[str, Any]) -> None:
         print()
     pairs({k: v for k, v in found.items() if k not in ("evaluation", "load", "serve")})
     _use(found)
-
-
-@contextmanager
-def training() -> Iterator[Callable[[Any], None]]:
-    """Show training progress on stderr: loss, tokens a second, time left.
-
-    A bar for people; into a file or a pipe a line at the end of every stage and every half minute.
-    """
-    shown = _Bar() if sys.stderr.isatty() else _Lines()
-    try:
-        yield lambda event: shown.update(event) if event.kind == "step" else None
-    finally:
-        shown.stop()
-
-
-@contextmanager
-def measuring() -> Iterator[Callable[[int, int], None]]:
-    """Show how far a selector is on stderr: measurements done, and time left.
-
-    A bar for people; into a file or a pipe a line every half minute.
-    """
-    began = time.monotonic()
-    shown: Any = None
-    last = [began, -1.0, began]  # when this round began, its count, when a line was printed
-
-    def update(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if done < last[1]:  # another round has begun
-            last[0] = now
-        last[1] = done
-        left = (now - last[0]) / max(1, done) * (total - done)
-        if not sys.stderr.isatty():
-            if now - last[2] > 30 and done < total:
-                last[2] = now
-                say(f"{done:,} of {total:,} measured, about {left:,.0f} s left in this round")
-            return
-        if shown is None:
-            shown = _measuring_bar()
-        shown.update(0, completed=done, total=total)
-
-    try:
-        yield update
-    finally:
-        if shown is not None:
-            shown.stop()
-
-
-def _measuring_bar() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    bar = Progress(
-        "measured",
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=_console(stderr=True),
-        transient=True,
-    )
-    bar.add_task("measured", total=1)
-    bar.start()
-    return bar
-
-
-class _Lines:
-    """Progress as lines."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def update(self, event: Any) -> None:
-        now = time.monotonic()
-        if event.step < event.steps and now - self.last < 30:
-            return
-        self.last = now
-        say(
-            f"{event.stage + 1} {event.name}: step {event.step} of {event.steps}, "
-            f"loss {event.loss:.4g}, {event.tokens_per_second:,.0f} tokens/s, "
-            f"{event.eta_seconds:.0f} s left"
-        )
-
-    def stop(self) -> None:
-        pass
-
-
-class _Bar:
-    """Progress as one bar per stage."""
-
-    def __init__(self) -> None:
-        self.progress: Any = None
-
-    def update(self, event: Any) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self.progress is None:
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=_console(stderr=True),
-            )
-            self.progress.add_task(f"{event.stage + 1} {event.name}", total=event.steps, note="")
-            self.progress.start()
-        note = f"loss {event.loss:.4g}  {event.tokens_per_second:,.0f} tokens/s"
-        self.progress.update(0, completed=event.step, note=note)
-        if event.step == event.steps:
-            self.stop()
-
-    def stop(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None

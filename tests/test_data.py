@@ -158,6 +158,27 @@ def test_text_batches_reach_both_ends_and_start_with_bos():
     assert {1, 2} == set(rows[:, 1].tolist()) and rows.max() == 8
 
 
+def test_an_epoch_reads_every_token_once_but_for_the_ends():
+    take, batch_size = 7, 3
+    batches = data.TextBatches(torch.arange(200), batch_size, take, seed=4)
+    windows = batches.windows
+    rows = torch.cat([batches.batch(step) for step in range(windows)])  # `batch_size` epochs
+    offsets, orders = set(), set()
+    for epoch in range(batch_size):
+        starts = rows[epoch * windows : (epoch + 1) * windows, 0]
+        first, last = int(starts.min()), int(starts.max())
+        assert torch.equal(starts.sort()[0], torch.arange(first, last + 1, take))
+        assert len(starts) == windows and first + 200 - (last + take) < 2 * take
+        offsets.add(first)
+        orders.add(tuple(((starts - first) // take).tolist()))
+    assert len(offsets) > 1 and len(orders) == batch_size
+
+
+def test_a_text_of_one_row_is_read_whole_again_and_again():
+    batches = data.TextBatches(torch.arange(8), batch_size=3, seq_len=8, seed=0)
+    assert torch.equal(batches.batch(5), torch.arange(8).expand(3, 8))
+
+
 def test_text_batches_refuse_short_text_and_empty_rows():
     with pytest.raises(DataError, match=r"10 tokens.*16"):
         data.TextBatches(torch.arange(10), batch_size=1, seq_len=16, seed=0)
@@ -190,7 +211,7 @@ def test_read_text_formats(tmp_path):
         ("a.json", b"[", "not valid JSON"),
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', "line 2"),
-        ("a.jsonl", b'{"text": 5}', "int"),
+        ("a.jsonl", b'{"text": 5}', "line 1 is int"),
     ],
 )
 def test_read_text_refuses(name, content, says, tmp_path):

@@ -469,6 +469,7 @@ def test_every_mixer_distils_and_resumes(mixer, tmp_path):
     teacher = make_teacher()
     before = weights(teacher)
     stages = [stage(train="new"), stage(loss="logits", train="attention")]
+    stages.append(stage(loss="long", train="lora"))
 
     def once(out, stop=None):
         plan = uniform_plan(
@@ -486,14 +487,15 @@ def test_every_mixer_distils_and_resumes(mixer, tmp_path):
         return student, log, names
 
     student, log, names = once(tmp_path / "whole")
-    assert {r["stage"] for r in log.records} == ({0, 1} if names else {1})
+    assert {r["stage"] for r in log.records} == ({0, 1, 2} if names else {1, 2})
     assert all(set(r["layers"]) == {"0", "2"} for r in log.records if r["stage"] == 0)
     changed = {n for n, p in student.named_parameters() if not torch.equal(p, before.get(n, p))}
     assert changed <= {n for n in before if is_attention(n)}
     assert changed or not any(log.losses(1))
     assert_same(weights(teacher), before)
-    with pytest.raises(Stop):
-        once(tmp_path / "again", stop=24 * 5)
+    for stop in (24 * 5, 24 * (17 if names else 11)):  # the second is inside the stage of lora
+        with pytest.raises(Stop):
+            once(tmp_path / "again", stop=stop)
     again, _, _ = once(tmp_path / "again")
     assert_same(weights(again), weights(student))
 

@@ -19,12 +19,12 @@ FLOORS = {
     "errors": 0, "strict": 0, "_autoload": 0,
     "registry": 1, "plan": 1, "selection": 1, "recipes": 1, "exchange": 1,
     "kernels": 2,
-    "families": 3, "cache": 3, "data": 3, "passkeys": 3, "evaluation": 3, "comparison": 3,
-    "_tiny": 3,
+    "families": 3, "cache": 3, "documents": 3, "data": 3, "passkeys": 3, "evaluation": 3,
+    "comparison": 3, "_tiny": 3,
     "mixers": 4,
     "selectors": 5, "surgery": 5, "checkpoint": 5, "modeling": 5, "distill": 5, "evaluate": 5,
     "restore": 5, "report": 5, "testing": 5, "_planted": 5,
-    "pipeline": 6, "terminal": 6, "_flags": 6,
+    "pipeline": 6, "terminal": 6, "_progress": 6, "_flags": 6,
     "cli": 7, "__main__": 7, "_fresh": 7, "_reference": 7,  # entry points of processes
 }  # fmt: skip
 PACKAGE = 0  # `from morph import __version__`
@@ -34,7 +34,7 @@ SIDEWAYS = {
     ("recipes", "registry"), ("exchange", "plan"), ("exchange", "recipes"),
     ("selectors", "surgery"), ("modeling", "surgery"), ("evaluate", "surgery"),
     ("_planted", "surgery"), ("testing", "_planted"),
-    ("passkeys", "data"),
+    ("passkeys", "data"), ("data", "documents"), ("terminal", "_progress"),
     ("__main__", "cli"), ("_reference", "_fresh"),
 }  # fmt: skip
 

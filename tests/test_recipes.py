@@ -271,6 +271,109 @@ def test_ranges(section: str, needle: str):
     refuse(recipe(**{key: value}), needle)
 
 
+# --- Shares of a whole --------------------------------------------------------------------------
+
+SHARED = """\
+model: m
+training: {tokens: 700M}
+distill:
+  - {loss: align, share: 1/7}
+  - {loss: logits, share: 6/7}
+"""
+
+
+def test_shares_become_tokens():
+    got = load_text(SHARED)
+    assert [stage.tokens for stage in got.distill] == [100_000_000, 600_000_000]
+    again = load_text(dumps(got))
+    assert again == got
+    assert "share" not in dumps(got)
+
+
+def test_a_whole_that_is_set_rescales_every_stage(tmp_path: Path):
+    file = tmp_path / "r.yaml"
+    file.write_text(SHARED)
+    assert [s.tokens for s in load(file, ["training.tokens=64M"]).distill] == [9142857, 54857143]
+    sets = ["distill.align.share=null", "distill.align.tokens=5M"]
+    assert [s.tokens for s in load(file, sets).distill] == [5_000_000, 600_000_000]
+    with pytest.raises(RecipeError, match="--set: distill.0..share: the stage has tokens too"):
+        load(file, ["distill.align.tokens=5M", "distill.align.share=1/2"])
+    file.write_text(dumps(load(file)))  # shares are gone from the canonical text
+    with pytest.raises(RecipeError, match="--set: training.tokens: no stage has a share"):
+        load(file, ["training.tokens=64M"])
+
+
+def test_stages_with_tokens_stand_beside_stages_with_shares():
+    text = SHARED + "  - {loss: long, tokens: 3M}\n"
+    assert load_text(text).distill[2].tokens == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "needles"),
+    [
+        ("share: 1/7", "share: 1/7, tokens: 1M",
+         ("line 4", "distill[0].share", "tokens too", "give one")),
+        ("training: {tokens: 700M}", "seed: 1", ("line 4", "distill[0].share", "training.tokens")),
+        ("share: 6/7", "share: 0.9", ("line 3", "distill: the shares", "sum to 1.04286")),
+        ("share: 1/7", "share: half", ("line 4", "expected a number, got 'half'")),
+        ("share: 1/7", "share: true", ("line 4", "expected a number, got True")),
+        ("share: 1/7", "share: .nan", ("line 4", "not a finite number")),
+        ("share: 1/7", "share: 0", ("line 4", "distill[0].share: 0.0 is out of range", "above 0")),
+        ("share: 1/7", "share: -0.1", ("line 4", "out of range")),
+        ("share: 6/7", "share: 2", ("line 5", "at most 1")),
+        ("700M", "3", ("line 2", "training.tokens: 3 is too small", "distill[0]", "0.1429")),
+        ("700M", "-5", ("line 2", "training.tokens: -5")),
+        ("700M", "many", ("line 2", "training.tokens: expected an integer")),
+        ("share: 1/7", "share: null", ("line 4", "distill[0]: missing tokens")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_bad_shares(old: str, new: str, needles: tuple[str, ...]):
+    assert old in SHARED
+    refuse(SHARED.replace(old, new), *needles)
+
+
+@pytest.mark.parametrize(
+    ("sections", "needles"),
+    [
+        ({"training": "{recall_target: 0.9}"}, ("line 2", "recall_target", "probe_every")),
+        ({"data": "{text: [a.txt, 'hub:o/n']}"}, ("line 2", "data.text: hub:o/n", "data.limit")),
+        ({"distill": "[{loss: long, tokens: 4, kl: reverse}]"}, ("distill[0].kl", "has no KL")),
+        ({"distill": "[{loss: logits, tokens: 4, kl: reverse, cross_entropy: 1}]"},
+         ("distill[0].kl",)),
+        ({"distill": "[{loss: align, tokens: 4, kl: reverse}]"}, ("distill[0].kl", "align")),
+        ({"distill": "[{loss: align, tokens: 4, cross_entropy: 0.5}]"},
+         ("distill[0].cross_entropy",)),
+        ({"distill": "[{loss: logits, tokens: 4, lora_rank: 16}]"},
+         ("distill[0].lora_rank", "train: lora", "attention")),
+        ({"distill": "[{loss: logits, tokens: 4, lora_alpha: 8}]"}, ("distill[0].lora_alpha",)),
+        ({"distill": "[{loss: logits, tokens: 4, cross_entropy: 1.5}]"}, ("cross_entropy: 1.5",)),
+        ({"distill": "[{loss: logits, tokens: 4, train: lora, lora_rank: 0}]"}, ("lora_rank: 0",)),
+        ({"training": "{keep_states: 0}"}, ("training.keep_states: 0",)),
+        ({"training": "{probe_every: -1}"}, ("training.probe_every: -1",)),
+        ({"training": "{tokens: 0}"}, ("training.tokens: 0",)),
+        ({"data": "{limit: 0}"}, ("data.limit: 0",)),
+        ({"data": "{epochs: 0}"}, ("data.epochs: 0",)),
+    ],
+)  # fmt: skip
+def test_what_means_nothing_together(sections: dict[str, str], needles: tuple[str, ...]):
+    refuse(recipe(**sections), *needles)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": "{recall_target: 0.9, probe_every: 50}"},
+        {"data": "{text: ['hub:o/n'], limit: 1M}"},
+        {"distill": "[{loss: long, tokens: 4, kl: reverse, cross_entropy: 0.5}]"},
+        {"distill": "[{loss: logits, tokens: 4, train: lora, lora_rank: 16, lora_alpha: 8}]"},
+    ],
+)
+def test_what_belongs_together_loads(sections: dict[str, str]):
+    got = load_text(recipe(**sections))
+    assert load_text(dumps(got)) == got
+
+
 # --- Files and names ----------------------------------------------------------------------------
 
 

@@ -141,7 +141,7 @@ PICTURES = {
     "cache": lambda: report.cache_picture(
         {"source": full_plan("qwen3", GEOMETRY), HOSTILE: make_plan()}, "bfloat16"
     ),
-    "training": lambda: report.training_picture({HOSTILE: [(1, 3.0), (5e5, 2.0), (3e7, 1.0)]}),
+    "training": lambda: report.training_picture(everything(HOSTILE)["training"]),
 }
 
 
@@ -246,8 +246,8 @@ def test_a_report_is_one_page_and_its_twin(tmp_path):
     assert [p.name for p in paths] == ["report.html", "report.md", *(f"{n}.png" for n in pngs)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in paths)
     page, twin = paths[0].read_text(), paths[1].read_text()
-    titles = ["What was done", "What it kept", "What it cost", "Pictures", "How to use it"]
-    for title in [*titles, "Provenance"]:
+    titles = ["What was done", "What it kept", "Training", "What it cost", "Pictures"]
+    for title in [*titles, "How to use it", "Provenance"]:
         assert f"<h2>{title}</h2>" in page
         assert f"## {title}" in twin
     assert [n for n in pngs if f"]({n}.png)" in twin] == pngs
@@ -293,25 +293,11 @@ def test_every_part_may_be_missing_or_alone(tmp_path, part):
         assert paths[1].read_text().startswith("# morph")
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["counted-from-the-run", "from-the-stage"])
-def test_costs_are_listed_by_stage(tmp_path, whole):
-    training = [
-        {"stage": s, "name": n, "loss": 5.0 - k, "tokens": 100 * (k + 1 + 4 * s * whole)}
-        for s, n in enumerate(("align", "logits"))
-        for k in range(4)
-    ]
+def test_costs_are_listed(tmp_path):
     costs = {"plan seconds": 3.25, "evaluation seconds": 1234.5, "model": "m"}
-    page = report.report(tmp_path, training=training, provenance=costs)[1].read_text()
-    assert "| stage 1: align | 400 |  | 5 | 2 |" in page
-    assert "| stage 2: logits | 400 |  | 5 | 2 |" in page
-    assert "| plan |  | 3.2 |  |  |" in page and "| evaluation |  | 1,234 |  |  |" in page
+    page = report.report(tmp_path, provenance=costs)[1].read_text()
+    assert "| plan | 3.2 |" in page and "| evaluation | 1,234 |" in page
     assert page.count("seconds") == 1  # the head of the table, no row of the provenance
-
-
-def test_training_logs_of_any_kind_are_read(tmp_path):
-    odd = [{}, {"loss": None}, {"loss": float("nan"), "tokens": 3}, {"stage": 0, "loss": "x"}]
-    (page, *_) = report.report(tmp_path, training=[*odd, {"loss": 1.5}, {"loss": 2, "tokens": "?"}])
-    assert "1.5" in page.read_text()
 
 
 def test_a_report_that_cannot_be_written_says_where(tmp_path):

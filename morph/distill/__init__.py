@@ -15,19 +15,34 @@ Reference: RADLADS (arXiv 2505.03005) and HALO for the order of the stages; Adam
 betas (0.9, 0.95), linear warm-up and cosine decay.
 """
 
-from morph.distill._batches import Batches, Source, needle_batches, text_batches
+from morph.distill._batches import (
+    Batch,
+    Batches,
+    Source,
+    check_epochs,
+    document_batches,
+    epochs_of,
+    needle_batches,
+    text_batches,
+)
 from morph.distill._loop import Event, Log, distill
 from morph.distill._losses import Head, head_cross_entropy, head_kl, relative_mse
 from morph.distill._stages import check, estimate, learning_rate_factor, steps_of
+from morph.distill._trainee import Candidates
 
 __all__ = [
+    "Batch",
     "Batches",
+    "Candidates",
     "Event",
     "Head",
     "Log",
     "Source",
     "check",
+    "check_epochs",
     "distill",
+    "document_batches",
+    "epochs_of",
     "estimate",
     "head_cross_entropy",
     "head_kl",

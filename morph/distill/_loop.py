@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from morph import strict
-from morph.distill._batches import Source, StageBatches
+from morph.distill import _watch
+from morph.distill._batches import Batch, Source, StageBatches
+from morph.distill._losses import Head
 from morph.distill._objectives import align, end_to_end, shared_head
-from morph.distill._stages import check, estimate, learning_rate_factor, steps_of
-from morph.distill._states import RunStates, keep_lines, storage
-from morph.distill._trainee import (
-    Trainee,
+from morph.distill._process import (
     model_digest,
     quiet,
     random_state,
@@ -28,6 +27,11 @@ from morph.distill._trainee import (
     set_random_state,
     uninterrupted,
 )
+from morph.distill._stages import check, estimate, learning_rate_factor, steps_of
+from morph.distill._states import RunStates, keep_lines, storage
+from morph.distill._teacher import HiddenCache, Teacher
+from morph.distill._trackers import open_trackers
+from morph.distill._trainee import Candidates, Trainee
 from morph.errors import (
     Interrupted,
     MismatchError,
@@ -37,7 +41,7 @@ from morph.errors import (
     UsageError,
 )
 from morph.mixers._hybrid import HybridAttention
-from morph.recipes.schema import Stage
+from morph.recipes.schema import Stage, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class Event:
     `step`: `step` of `steps` of this stage is done. `saved`: the state is on disk. `note`: `text`
     says something in words. `tokens` of `total_tokens` are those of the whole run; rate and
     `eta_seconds` (all remaining stages at this stage's rate) count from where this process began.
+    `recall` is that of the last probe, if there was one.
     """
 
     kind: Literal["step", "saved", "note"]
@@ -61,6 +66,7 @@ class Event:
     total_tokens: int = 0
     tokens_per_second: float = 0.0
     eta_seconds: float = math.nan
+    recall: float = math.nan
 
 
 @dataclass(kw_only=True)
@@ -88,6 +94,7 @@ class _Position:
     ordinal: int = 0  # steps of all stages
     tokens: int = 0
     lines: int = 0  # of the log
+    watch: dict[str, Any] = field(default_factory=dict)  # what watching has seen of this stage
 
 
 def distill(
@@ -102,12 +109,16 @@ def distill(
     needles: Source | None = None,
     progress: Callable[[Event], None] | None = None,
     accelerator: Any = None,
+    training: Training | None = None,
+    probe: Callable[[], Mapping[str, float]] | None = None,
 ) -> Log:
     """Train the converted layers of `student` towards `teacher`, in place, stage by stage.
 
     Both are causal LMs of one geometry; `layers` are the student's converted attention modules by
-    index (default: every HybridAttention). Called again with the same `out`, it goes on where it
-    was stopped. A stage with nothing to train is skipped with a note.
+    index (default: every HybridAttention; several `Candidates` of a layer are aligned together).
+    Called again with the same `out`, it goes on where it was stopped. A stage with nothing to train
+    is skipped with a note. `training` are settings of the run, and `probe` measures the student:
+    `recall`, and whatever else is to be logged.
 
     Raises RecipeError, DataError, UnsupportedModel (an unknown output head, float16),
     MismatchError (student, teacher or saved state do not belong together), TrainingError (loss or
@@ -116,33 +127,38 @@ def distill(
     """
     check(stages)
     if accelerator is None:
-        from accelerate import Accelerator
-
-        accelerator = Accelerator()
+        accelerator = _accelerator(training.mixed_precision if training else None)
+    training = training or Training()
+    alone = accelerator.num_processes == 1
+    shard = training.shard and not alone
     if layers is None:
         layers = {m.layer_idx: m for m in student.modules() if isinstance(m, HybridAttention)}
-    _refuse(student, teacher, stages, accelerator, needles)
+    _refuse(student, teacher, stages, accelerator, needles, layers)
+    _watch.check(training, probe)
     trainee = Trainee(student, teacher, dict(sorted(layers.items())))
-    teacher.to(accelerator.device)
-    student.to(accelerator.device)
+    if not shard:  # else whole weights stay where they are, and their shards go there
+        teacher.to(accelerator.device)
+        student.to(accelerator.device)
     vocab = student.get_input_embeddings().weight.shape[0]
     fed = StageBatches(stages, batches, needles, vocab)
-    run = _Run(trainee, stages, fed, Path(out), seed, progress, accelerator)
+    run = _Run(trainee, stages, fed, Path(out), seed, progress, accelerator, training, probe)
     with quiet(student, teacher), seeded(seed, accelerator.device):
         try:
+            if training.shard and alone:
+                run.note("training.shard: there is one process, so nothing is split.")
             run.resume()
             while run.position.stage < len(stages):
                 run.stage()
         except KeyboardInterrupt:
-            run.save()
-            raise Interrupted(
-                f"stopped after {run.position.ordinal} steps; the state is saved in {run.out}. "
-                "The same command goes on from there."
-            ) from None
+            raise Interrupted(run.interrupted()) from None
         finally:
-            trainee.clear()
+            trainee.close()
+            run.close()
     run.log.tokens, run.log.trained = run.position.tokens, tuple(sorted(trainee.touched))
     return run.log
+
+
+PROBE = ("probe_every", "probe_task", "probe_length", "probe_examples", "recall_target")
 
 
 class _Run:
@@ -157,12 +173,15 @@ class _Run:
         seed: int,
         progress: Callable[[Event], None] | None,
         accelerator: Any,
+        training: Training,
+        probe: Callable[[], Mapping[str, float]] | None,
     ) -> None:
         self.trainee, self.stages, self.out, self.accelerator = trainee, stages, out, accelerator
-        self.progress, self.device = progress, accelerator.device
-        self.student, self.teacher = trainee.student, trainee.teacher
-        self.batches = batches
+        self.progress, self.device, self.seed = progress, accelerator.device, seed
+        self.student = trainee.student
+        self.batches, self.training = batches, training
         self.log = Log(path=out / "log.jsonl")
+        self.recall = math.nan
         self.position = _Position()
         self.random: dict[str, str] = {}
         self.total = sum(estimate(stages))
@@ -171,12 +190,22 @@ class _Run:
         settings = {
             "data": batches.digest(),
             "plan": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+            "probe": {k: getattr(training, k) for k in PROBE} if training.probe_every else None,
+            "precision": accelerator.mixed_precision,
+            "processes": accelerator.num_processes,
             "seed": seed,
             "stages": strict.plain(list(stages)),
-            "student": model_digest(self.student, besides=self.teacher),  # as it starts
-            "teacher": model_digest(self.teacher),
+            "student": model_digest(self.student, besides=trainee.source),  # as it starts
+            "teacher": model_digest(trainee.source),
         }
-        self.states = RunStates(out / "states", settings, self.note)
+        self.states = RunStates(out / "states", settings, self.note, keep=training.keep_states)
+        cache = None
+        if training.teacher_cache is not None:
+            folder = Path(training.teacher_cache).expanduser()
+            cache = HiddenCache(folder, trainee.source, accelerator.mixed_precision, self.note)
+        self.targets = Teacher(trainee, accelerator, cache)
+        self.watch = _watch.Watch(training, stages, probe and self._probe(probe), self.note)
+        self.track = open_trackers(training.trackers, out, accelerator, settings, self.note)
 
     # --- one stage, top to bottom ---------------------------------------------------------------
 
@@ -184,7 +213,7 @@ class _Run:
         """Run the current stage from the current step to its end."""
         at, stage = self.position, self.stages[self.position.stage]
         names = self.trainee.names(stage) if self.trainee.layers else []
-        if not names:
+        if not names and (stage.train != "lora" or not self.trainee.layers):
             why = "no layer is converted."
             if self.trainee.layers:
                 why = f"`train: {stage.train}` names nothing; these mixers have no parameters."
@@ -192,49 +221,84 @@ class _Run:
             self.total -= estimate([stage])[0]
             at.stage, at.step = at.stage + 1, 0
             return
-        self.trainee.begin(stage, names, self.accelerator)
-        self.trainee.restore_optimizer(self.loaded)
-        self.loaded = {}
         head = None
         if stage.loss != "align":
-            head = shared_head(self.student, self.teacher, self._batch(at.stage, 0)[0])
+            head = self._head(self._batch(at.stage, 0))
+        seed = self.seed + 1000003 * at.stage
+        shard = self.training.shard and self.accelerator.num_processes > 1
+        self.trainee.begin(stage, names, self.accelerator, seed, shard)
+        self.targets.model = self.trainee.teacher
+        self.trainee.restore_optimizer(self.loaded)
+        self.watch.begin(at.stage, self.trainee.gates(), at.watch or None)
+        self.loaded = {}
         index, clock, first = at.stage, time.perf_counter(), at.tokens
         begun, steps = clock, steps_of(stage)
         for step in range(at.step, steps):
-            ids, labels = self._batch(index, step)
             try:
-                if head is None:
-                    loss, extra = align(self.trainee, self.accelerator, ids)
-                else:
-                    loss, extra = end_to_end(
-                        self.trainee, self.accelerator, stage, head, ids, labels
-                    )
+                loss, extra = self._backward(stage, head, self._batch(index, step))
                 norm = self.trainee.clip(stage, self.accelerator)
             except TrainingError as error:
                 raise TrainingError(f"{self._here()}: {error}; {self._advice()}") from None
             factor = learning_rate_factor(stage, step)
             with uninterrupted():  # weights, position and log move together or not at all
                 self.trainee.step(factor)
-                self._advance(stage, step + 1 == steps)
+                seen = self.watch.after(index, step, steps, loss, extra.get("layers"))
+                over = step + 1 == steps or self.watch.reached()
+                self._advance(stage, over)
                 record = {"stage": index, "name": stage.loss, "step": step, "loss": loss}
                 record |= {"lr": stage.lr * factor, "grad_norm": norm, "tokens": at.tokens}
                 now = time.perf_counter()
-                self._write({**record, **extra}, now - clock)
+                self._write({**record, **extra, **seen}, now - clock)
             self.log.seconds, clock = self.log.seconds + now - clock, now
-            if (step + 1) % stage.save_every == 0 or step + 1 == steps:
+            if (step + 1) % stage.save_every == 0 or over:
                 self.save()
-            self._report(record, steps, (at.tokens - first) / max(now - begun, 1e-9))
+            self._report(record | seen, steps, (at.tokens - first) / max(now - begun, 1e-9))
+            if over and step + 1 < steps:
+                self._stop_early(index, step + 1, steps)
+                break
+
+    def _head(self, batch: Batch) -> Head:
+        # Where weights are split, the whole ones are elsewhere.
+        home = self.trainee.source.get_input_embeddings().weight.device
+        head = shared_head(self.student, self.trainee.source, batch.map(lambda t: t.to(home)))
+        bias = None if head.bias is None else head.bias.to(self.device)
+        return replace(head, weight=head.weight.to(self.device), bias=bias)
+
+    def _backward(self, stage: Stage, head: Any, batch: Batch) -> tuple[float, dict[str, Any]]:
+        """Do one batch of a stage: forward and backward; return its loss and more for the log."""
+        shared = self.trainee, self.accelerator, self.targets
+        if head is None:
+            return align(*shared, batch)
+        return end_to_end(*shared, stage, head, batch)
 
     def _advance(self, stage: Stage, is_last: bool) -> None:
         at = self.position
         at.tokens += stage.batch_size * stage.seq_len
-        at.ordinal, at.step = at.ordinal + 1, at.step + 1
+        at.ordinal, at.step, at.watch = at.ordinal + 1, at.step + 1, self.watch.state()
         if is_last:
-            at.stage, at.step = at.stage + 1, 0
+            self.trainee.end()
+            at.stage, at.step, at.watch = at.stage + 1, 0, {}
         self.random = random_state(self.device)
+
+    def _stop_early(self, index: int, done: int, steps: int) -> None:
+        stage = self.stages[index]
+        self.total -= (steps - done) * stage.batch_size * stage.seq_len
+        self.note(
+            f"stage {index} ({stage.loss}) ends after step {done} of {steps}: the recall that "
+            f"training.recall_target ({self.training.recall_target}) asks for is reached."
+        )
+
+    def _probe(self, probe: Callable[[], Mapping[str, float]]) -> Callable[[], Mapping[str, float]]:
+        def measured() -> Mapping[str, float]:
+            self.trainee.sync()
+            return probe()
+
+        return measured
 
     def _report(self, record: Mapping[str, Any], steps: int, rate: float) -> None:
         told = {k: record[k] for k in ("stage", "name", "loss", "lr", "tokens")}
+        if record.get("recall") is not None:
+            self.recall = record["recall"]
         self._tell(
             Event(
                 kind="step",
@@ -243,16 +307,15 @@ class _Run:
                 total_tokens=self.total,
                 tokens_per_second=rate,
                 eta_seconds=(self.total - record["tokens"]) / rate,
+                recall=self.recall,
                 **told,
             )
         )
 
-    def _batch(self, index: int, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return this process's rows of ids and labels (None: plain text) on its device."""
-        ids, labels = self.batches.batch(index, step)
+    def _batch(self, index: int, step: int) -> Batch:
+        """Return this process's rows of a batch, on its device."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        ids = ids[rank::world].to(self.device)
-        return ids, None if labels is None else labels[rank::world].to(self.device)
+        return self.batches.batch(index, step).map(lambda t: t[rank::world].to(self.device))
 
     # --- log, state, trouble --------------------------------------------------------------------
 
@@ -265,9 +328,11 @@ class _Run:
             self.position = _Position(**{k: v for k, v in content.items() if k != "random"})
             self.trainee.restore_weights(tensors)
             self.loaded = {k: t for k, t in tensors.items() if not k.startswith("model/")}
+            self._count_skipped()
             set_random_state(content["random"], self.device)
             self.random = content["random"]
             self.note(f"resuming after {self.position.ordinal} steps ({self.out}).")
+        self._agree()
         if self.accelerator.is_main_process:
             with storage(self.out, "nothing was changed"):
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -284,17 +349,53 @@ class _Run:
                     self.note(f"{self.log.path} cannot be read; it is left as it is.")
         self.accelerator.wait_for_everyone()
 
+    def _agree(self) -> None:
+        """Raise MismatchError where processes go on from different steps."""
+        if self.accelerator.num_processes == 1:
+            return
+        mine = torch.tensor([self.position.ordinal], device=self.device)
+        found = self.accelerator.gather(mine).tolist()
+        if len(set(found)) > 1:
+            raise MismatchError(
+                f"{self.out}: the processes found states after {found} steps. All of them must "
+                "see the same folder; put it on a file system that the nodes share."
+            )
+
+    def interrupted(self) -> str:
+        """Save the state, where this process can alone; say what is kept."""
+        several = self.accelerator.num_processes > 1
+        if several and self.training.shard:  # the others may be gone, and no weight is whole
+            last = self.states.last
+            kept = "no state was saved yet" if last is None else f"the state after {last} is kept"
+        else:
+            self.save()
+            kept = "the state is saved"
+        done = self.position.ordinal
+        return (
+            f"stopped after {done} steps; {kept} in {self.out}. "
+            "The same command goes on from there."
+        )
+
+    def _count_skipped(self) -> None:
+        """Take out of the total what an earlier process left out."""
+        spent = estimate(self.stages)[: self.position.stage]
+        inside = self.position.step
+        if self.position.stage < len(self.stages):
+            stage = self.stages[self.position.stage]
+            inside *= stage.batch_size * stage.seq_len
+        self.total -= sum(spent) + inside - self.position.tokens
+
     def save(self) -> None:
         """Write the state of the current position, once, from the main process."""
-        if not self.accelerator.is_main_process or self.position.ordinal == self.states.last:
+        if self.position.ordinal == self.states.last:
             return
         with uninterrupted():
-            mid_stage = self.position.step > 0
-            self.states.save(
-                self.position.ordinal,
-                self.trainee.tensors(with_optimizer=mid_stage),
-                {**asdict(self.position), "random": self.random},
-            )
+            tensors = self.trainee.tensors(with_optimizer=self.position.step > 0)
+            if not self.accelerator.is_main_process:
+                self.states.last = self.position.ordinal
+                return
+            content = {**asdict(self.position), "random": self.random}
+            self.states.save(self.position.ordinal, tensors, content)
         self._tell(Event(kind="saved", stage=self.position.stage, tokens=self.position.tokens))
 
     def _write(self, record: dict[str, Any], seconds: float) -> None:
@@ -302,11 +403,16 @@ class _Run:
         self.position.lines += 1
         if not self.accelerator.is_main_process:
             return
+        self.track(record)
         times = {"stage": record["stage"], "step": record["step"], "seconds": round(seconds, 6)}
         with storage(self.out, "the last state is intact"):
             for path, line in ((self.log.path, record), (self.out / "seconds.jsonl", times)):
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Let go of what a run holds open."""
+        self.track.close()
 
     def note(self, text: str) -> None:
         """Remember a remark and tell it."""
@@ -328,14 +434,41 @@ class _Run:
         return f"{kept} in {self.out}. Lower lr ({stage.lr}) or gate_lr ({stage.gate_lr})."
 
 
+def _accelerator(precision: str | None) -> Any:
+    """Return an Accelerator; raise UsageError where this process has one of another precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+
+    # There is one state a process, and its precision stays; an earlier run's own may go.
+    if is_initialized() and getattr(AcceleratorState(), "morph", False):
+        AcceleratorState._reset_state()
+    theirs = is_initialized()
+    try:
+        made = Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise UsageError(
+            f"this process uses accelerate in another way than with mixed_precision={precision}: "
+            "pass distill that `accelerator`, or use another process."
+        ) from error
+    made.state.morph = not theirs
+    return made
+
+
 def _refuse(
     student: Any,
     teacher: Any,
     stages: Sequence[Stage],
     accelerator: Any,
     needles: Source | None,
+    layers: Mapping[int, nn.Module],
 ) -> None:
     """Raise for what cannot run before anything is touched."""
+    several = any(isinstance(layer, Candidates) for layer in layers.values())
+    if several and any(stage.loss != "align" or stage.train == "lora" for stage in stages):
+        raise UsageError(
+            "several candidates for a layer can only be aligned (without lora); choose one of them "
+            "for the other stages."
+        )
     if student is teacher:
         raise UsageError("student and teacher are one object; make the student with a plan.")
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):

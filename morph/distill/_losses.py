@@ -8,7 +8,7 @@ anyway, and the logits are dropped. `Head.logits` is the plain way, for tests an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -92,19 +92,33 @@ def head_kl(
     head: Head,
     *,
     temperature: float = 1.0,
+    direction: Literal["forward", "reverse"] = "forward",
+    targets: torch.Tensor | None = None,
+    cross_entropy: float = 0.0,
     chunk_tokens: int = 256,
     count: int | None = None,
 ) -> torch.Tensor:
     """Return temperature² * KL(teacher || student) as a mean over tokens, a scalar.
 
     hidden and teacher_hidden `[N, D]` are final hidden states under the same frozen head; the
-    gradient goes to `hidden` only. At most three float32 buffers of `[chunk_tokens, V]` live at a
-    time (five where the head has a soft cap). `count` replaces N as the divisor, where other
-    processes hold more tokens. The square keeps gradients of one size over temperatures (Hinton
-    et al., arXiv 1503.02531, section 2).
+    gradient goes to `hidden` only. `direction` reverse is KL(student || teacher). With targets
+    `[N]` the loss is (1 - cross_entropy) * KL + cross_entropy * their cross-entropy (at temperature
+    1). At most three float32 buffers of `[chunk_tokens, V]` live at a time (five where the head has
+    a soft cap). `count` replaces N as the divisor, where other processes hold more tokens. The
+    square keeps gradients of one size over temperatures (Hinton et al., arXiv 1503.02531, section
+    2).
     """
     divisor = hidden.shape[0] if count is None else count
-    return _HeadLoss.apply(hidden, teacher_hidden, head, temperature, chunk_tokens, divisor)
+    share = 0.0 if targets is None else cross_entropy
+    terms = _Terms(
+        head=head,
+        teacher_hidden=teacher_hidden,
+        targets=targets,
+        temperature=temperature,
+        reverse=direction == "reverse",
+        share=share,
+    )
+    return _HeadLoss.apply(hidden, terms, chunk_tokens, divisor)
 
 
 def head_cross_entropy(
@@ -121,45 +135,77 @@ def head_cross_entropy(
     soft cap); see `head_kl`.
     """
     divisor = hidden.shape[0] if count is None else count
-    return _HeadLoss.apply(hidden, targets, head, 1.0, chunk_tokens, divisor)
+    terms = _Terms(head=head, targets=targets, share=1.0)
+    return _HeadLoss.apply(hidden, terms, chunk_tokens, divisor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Terms:
+    """What a loss over the head is made of: `share` of it cross-entropy, the rest KL."""
+
+    head: Head
+    teacher_hidden: torch.Tensor | None = None  # [N, D]
+    targets: torch.Tensor | None = None  # [N]
+    temperature: float = 1.0
+    reverse: bool = False
+    share: float = 0.0
+
+    @property
+    def buffers(self) -> int:
+        """How many tensors of [chunk_tokens, V] it works in."""
+        return 3 if self.share < 1 else 2
+
+    def chunk(
+        self, room: list[torch.Tensor], hidden: torch.Tensor, part: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss of a chunk and its slope by the student's logits."""
+        loss, slope = hidden.new_zeros((), dtype=torch.float64), None
+        if self.share < 1:
+            assert self.teacher_hidden is not None
+            kind = _reverse_kl_chunk if self.reverse else _kl_chunk
+            kl, slope = kind(
+                room, hidden, self.teacher_hidden[part], self.head, self.temperature
+            )  # the slope is in the last buffer
+            loss = kl * ((1 - self.share) * self.temperature**2)
+            slope.mul_((1 - self.share) * self.temperature)
+        if self.share > 0:
+            assert self.targets is not None
+            more, other = _cross_entropy_chunk(room[:2], hidden, self.targets[part], self.head)
+            loss = loss + more * self.share
+            slope = other.mul_(self.share) if slope is None else slope.add_(other, alpha=self.share)
+        assert slope is not None
+        return loss, slope
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss and gradient in one pass; `other` is teacher hidden states [N, D] or targets [N]."""
+    """Loss and gradient in one pass over chunks of tokens."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        other: torch.Tensor,
-        head: Head,
-        temperature: float,
-        chunk_tokens: int,
-        divisor: int,
+        ctx: Any, hidden: torch.Tensor, terms: _Terms, chunk_tokens: int, divisor: int
     ) -> torch.Tensor:
+        head = terms.head
         assert not head.weight.requires_grad, "the head must be frozen: its gradient is not made"
         dtype = _work_dtype(head.weight.dtype)
-        rows = min(chunk_tokens, hidden.shape[0])
-        kind, number = (_kl_chunk, 3) if other.dim() == 2 else (_cross_entropy_chunk, 2)
-        shape = (rows, head.weight.shape[0])
-        buffers = [hidden.new_empty(shape, dtype=dtype) for _ in range(number)]
+        shape = (min(chunk_tokens, hidden.shape[0]), head.weight.shape[0])
+        buffers = [hidden.new_empty(shape, dtype=dtype) for _ in range(terms.buffers)]
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             room = [b[: hidden[part].shape[0]] for b in buffers]
-            loss, slope = kind(room, hidden[part], other[part], head, temperature)
+            loss, slope = terms.chunk(room, hidden[part], part)
             total += loss
             if grad is not None:
                 step = torch.mm(slope.to(head.weight.dtype), head.weight)
-                grad[part] = step.mul_(temperature * head.scale / divisor)
+                grad[part] = step.mul_(head.scale / divisor)
         ctx.grad = grad
-        return (total * (temperature**2 / divisor)).to(dtype)
+        return (total / divisor).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
-        return ctx.grad * upstream.to(ctx.grad.dtype), None, None, None, None, None
+        return ctx.grad * upstream.to(ctx.grad.dtype), None, None, None
 
 
 def _kl_chunk(
@@ -196,6 +242,56 @@ def _kl_chunk(
     return loss, e.addcmul_(p, r, value=-1).div_(1 + r)
 
 
+def _reverse_kl_chunk(
+    room: list[torch.Tensor],
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    head: Head,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed KL(student || teacher) and its slope by the student's logits.
+
+    The same form with the roles exchanged: q = softmax(student), d shifted so that sum(q d) = 0,
+    r = sum(q expm1(-d)), KL = log(1 + r), slope = q d.
+    """
+    q, e, d = room
+    if head.softcap is not None:
+        return _reverse_kl_chunk_plain(room, hidden, teacher_hidden, head, temperature)
+    _fill(e, hidden, head, temperature)
+    torch.softmax(e, -1, out=q)
+    gap = hidden.to(e.dtype) - teacher_hidden.to(e.dtype)
+    _project(d, gap, head)
+    d.mul_(head.scale / temperature)
+    d.sub_(torch.mul(q, d, out=e).sum(-1, keepdim=True))
+    if d.amin() < -80:
+        return _reverse_kl_chunk_plain(room, hidden, teacher_hidden, head, temperature)
+    torch.expm1(torch.neg(d, out=e), out=e)
+    r = torch.linalg.vecdot(q, e).double()
+    second_order = torch.linalg.vecdot(q, e.add_(d)).double()
+    loss = torch.where(r > 0.1, torch.log1p(r), second_order + (torch.log1p(r) - r)).sum()
+    return loss, d.mul_(q)
+
+
+def _reverse_kl_chunk_plain(
+    room: list[torch.Tensor],
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    head: Head,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same from two log-softmaxes, for any head and any gap."""
+    a, teacher, student = room
+    _fill(a, teacher_hidden, head, temperature)
+    torch.log_softmax(a, -1, out=teacher)
+    cap_slope = _fill(a, hidden, head, temperature)
+    torch.log_softmax(a, -1, out=student)
+    gap = torch.sub(student, teacher, out=teacher)
+    weight = torch.exp(student, out=a)
+    kl = torch.linalg.vecdot(weight, gap)
+    slope = torch.mul(weight, gap.sub_(kl.unsqueeze(-1)), out=student)
+    return kl.double().sum(), slope if cap_slope is None else slope.mul_(cap_slope)
+
+
 def _kl_chunk_plain(
     room: list[torch.Tensor],
     hidden: torch.Tensor,
@@ -220,11 +316,10 @@ def _cross_entropy_chunk(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     head: Head,
-    temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss and p_student - one_hot (times the cap's slope)."""
     logits, student = room
-    cap_slope = _fill(logits, hidden, head, temperature)
+    cap_slope = _fill(logits, hidden, head, 1.0)
     torch.log_softmax(logits, -1, out=student)
     index = targets.unsqueeze(-1)
     loss = -student.gather(-1, index).double().sum()

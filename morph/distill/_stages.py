@@ -35,6 +35,13 @@ def is_needle_step(stage: Stage, step: int) -> bool:
     return math.floor((step + 1) * stage.needles) > math.floor(step * stage.needles)
 
 
+def cross_entropy_share(stage: Stage) -> float:
+    """Return the share of next-token cross-entropy in an end-to-end loss."""
+    if stage.cross_entropy is None:
+        return 1.0 if stage.loss == "long" else 0.0
+    return stage.cross_entropy
+
+
 def check(stages: Sequence[Stage]) -> None:
     """Raise RecipeError naming the first setting that no run could have."""
     for i, s in enumerate(stages):
@@ -52,6 +59,9 @@ def check(stages: Sequence[Stage]) -> None:
             "min_lr_fraction": (0 <= s.min_lr_fraction <= 1, "in [0, 1]"),
             "warmup_fraction": (0 <= s.warmup_fraction <= 1, "in [0, 1]"),
             "needles": (0 <= s.needles <= 1, "in [0, 1]"),
+            "cross_entropy": (0 <= cross_entropy_share(s) <= 1, "in [0, 1]"),
+            "lora_rank": (s.lora_rank >= 1, "at least 1"),
+            "lora_alpha": (s.lora_alpha > 0, "above 0"),
         }
         for key, (good, allowed) in rules.items():
             if not good:

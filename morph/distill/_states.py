@@ -1,7 +1,8 @@
 """The state of a run on disk: whole or not there, the last two kept, never pickle.
 
 A state is a folder `step-00000050` with `tensors.safetensors` and `state.json` (position, random
-state, settings, and the sha256 of the tensors). It is made under another name and renamed.
+state, settings, versions of packages, and the sha256 of the tensors). It is made under another name
+and renamed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from morph import __version__
 from morph.errors import MismatchError, StorageError, escape
 
 FORMAT = 1
@@ -51,7 +53,8 @@ class RunStates:
         target = self.folder / f"step-{ordinal:08d}"
         partial = self.folder / f".partial-{ordinal:08d}"
         with storage(self.folder, "the last state is intact"):
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob(".partial-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             try:
                 partial.mkdir(parents=True)
                 file = partial / "tensors.safetensors"
@@ -61,6 +64,7 @@ class RunStates:
                     "settings": self.settings,
                     "position": position,
                     "sha256": _sha256(file),
+                    "versions": _versions(),
                 }
                 write_synced(partial / "state.json", json.dumps(content, sort_keys=True).encode())
                 for path in (file, partial):
@@ -97,6 +101,7 @@ class RunStates:
                     raise
                 self.note(f"{path.name} is damaged ({escape(e, 120)}); trying the state before it.")
                 continue
+            self._tell_versions(path, content.get("versions"))
             self.last = int(path.name.removeprefix("step-"))
             return tensors, position
         if found:
@@ -112,6 +117,19 @@ class RunStates:
                     f"({escape(_where(mine, other), 160)}). Give the settings it was started "
                     "with, or another output folder."
                 )
+
+    def _tell_versions(self, path: Path, theirs: Any) -> None:
+        others = theirs if isinstance(theirs, dict) else {}
+        changed = [
+            f"{name} {escape(others[name], 40)}, now {mine}"
+            for name, mine in _versions().items()
+            if name in others and others[name] != mine
+        ]
+        if changed:
+            self.note(
+                f"{path.name} was saved with {'; '.join(changed)}: the numbers may differ in the "
+                "last bits."
+            )
 
     def _found(self) -> list[Path]:
         folders = self.folder.glob("step-*") if self.folder.is_dir() else iter(())
@@ -147,6 +165,17 @@ def keep_lines(path: Path, count: int) -> int:
         write_synced(partial, b"".join(kept))
         os.replace(partial, path)
     return len(kept)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that numbers depend on."""
+    import transformers
+
+    return {
+        "morph": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
 
 
 def _where(mine: Any, other: Any) -> str:

@@ -6,7 +6,6 @@ Importing this loads no torch; stages that need it load it.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from morph import checkpoint, registry
 from morph import plan as planning
 from morph.errors import MismatchError, RecipeError, UsageError, escape, nearest
-from morph.pipeline import _data, _select
+from morph.pipeline import _bank, _data, _select
+from morph.pipeline._bank import align_command
 from morph.pipeline._choosing import (
     check_folder,
     check_result,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Source",
+    "align_command",
     "check_result",
     "compare_command",
     "convert_command",
@@ -142,11 +143,36 @@ def score_estimate(recipe: Recipe, *, stream: bool = False) -> dict[str, Any]:
     return {**told, **_estimate.estimate(recipe, source, corpus)}
 
 
-def _training_cost(recipe: Recipe, source: Source) -> dict[str, int]:
-    tokens = sum(stage.tokens for stage in recipe.distill)
-    parameters = sum(math.prod(info.shape) for info in source.checkpoint.tensors.values())
-    flops = 8 * parameters * tokens  # teacher and student forward, and the student's way back
-    return {"distillation_tokens": tokens, "distillation_flops": flops}
+def _training_cost(recipe: Recipe, source: Source, plan: Plan | None = None) -> dict[str, Any]:
+    """Return tokens, FLOPs, memory and hours of the stages, all by arithmetic.
+
+    Without a plan the layers that stay are thought to be the last, which is the dearest.
+    """
+    from morph.pipeline import _cost, _cost_words
+
+    told: dict[str, Any] = {"distillation_tokens": sum(stage.tokens for stage in recipe.distill)}
+    if not recipe.distill:
+        return {**told, "distillation_flops": 0}
+    shape, select = source.geometry, recipe.select
+    sizes = _cost.sizes_of({**source.family.defaults, **source.checkpoint.config}, shape)
+    if plan is not None:
+        layers = _cost.planned_layers(plan)
+    else:
+        kept = _select.kept_count(source, select)
+        layers = _cost.expected_layers(recipe.mixer, shape, kept, select.granularity)
+    folder = recipe.training.teacher_cache
+    cached = folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir())
+    found = _cost.cost(recipe, sizes, layers, cached=cached)
+    hours = _cost_words.gpu_lines(found)
+    if not _cost.computes_in_16_bits(recipe):
+        hours = ["none in float32; dtype=bfloat16 or training.mixed_precision=bf16 has one"]
+    return {
+        **told,
+        "distillation_flops": round(found.flops),
+        "distillation_memory_bytes": round(found.memory_bytes),
+        "distillation_stages": _cost_words.stage_lines(found, recipe.distill),
+        "distillation_estimate": hours,
+    }
 
 
 def distill_dry_run(recipe: Recipe, hybrid: str) -> dict[str, Any]:
@@ -157,8 +183,7 @@ def distill_dry_run(recipe: Recipe, hybrid: str) -> dict[str, Any]:
         "teacher": str(source.path),
         "hybrid": hybrid,
         "pattern": plan.pattern,
-        "stages": [f"{stage.loss} {stage.tokens:,} tokens" for stage in recipe.distill],
-        **_training_cost(recipe, source),
+        **_training_cost(recipe, source, plan),
     }
 
 
@@ -167,17 +192,22 @@ def convert_command(
     out: Path,
     *,
     plan_file: Path | None = None,
+    aligned: Path | None = None,
     target: str = "auto",
     with_code: bool = False,
     force: bool = False,
     say: Say = quiet,
 ) -> dict[str, Any]:
-    """Write the hybrid of the recipe's model; score and plan first where no plan is given."""
+    """Write the hybrid of the recipe's model; score and plan first where no plan is given.
+
+    `aligned` is a bank that the converted layers start from, as `align_command` writes it.
+    """
     from morph.pipeline import _convert
 
     _check_target(target)
     source = open_source(recipe.model, recipe.family)
     checkpoint.check_output(out, [source.path], force)
+    bank = _bank.read(aligned, source) if aligned is not None else None
     found, swaps = None, {}
     if plan_file is not None:
         from morph import surgery
@@ -186,9 +216,15 @@ def convert_command(
         _select.check_plan(made, source)
         made = surgery.resolve_costs(made)
     else:
+        if bank is not None:
+            _bank.check(bank, recipe, source)
         found, made, swaps = _chosen(recipe, source, say)
-    corpus = corpus_of(recipe, source) if recipe.data.text else None
-    student = _started(source, made, corpus, recipe.mixer.calibrate, say)
+    more: dict[str, Any] = {}
+    if aligned is not None and bank is not None:
+        student, more = _bank.student(source, made, aligned, bank)
+    else:
+        corpus = corpus_of(recipe, source) if recipe.data.text else None
+        student = _started(source, made, corpus, recipe.mixer.calibrate, say)
     written = _convert.convert(
         source,
         made,
@@ -197,7 +233,7 @@ def convert_command(
         force=force,
         with_code=with_code,
         student=student,
-        provenance=_select.provenance_of(found, swaps),
+        provenance={**_select.provenance_of(found, swaps), **more},
         say=say,
     )
     return _tell(written, made)
@@ -264,7 +300,8 @@ def with_stages(recipe: Recipe, text: str, sets: list[str]) -> Recipe:
             raise RecipeError(f"--stages {escape(part)!r}: give tokens, such as {escape(name)}=1M.")
         stages.append({"loss": name.strip(), "tokens": tokens.strip()})
     raw = {**strict.plain(recipe), "distill": stages}
-    return schema.from_data(schema.apply_sets(raw, sets), "command line")
+    keys = dict.fromkeys((text.partition("=")[0].strip() for text in sets), 0)
+    return schema.from_data(schema.apply_sets(raw, sets), "command line", keys)
 
 
 def distill_command(
@@ -286,7 +323,8 @@ def distill_command(
     checkpoint.check_output(out, [source.path, given.path], force)
     made = plan_of_folder(given.path, source)
     _convert.find_target(source, made, target)  # refuses now what it would refuse after training
-    corpus = _data.corpus(recipe.data, source.tokenizer())
+    _train.check_tokenizer(source, given)
+    corpus = _data.corpus(recipe.data, source.tokenizer(), seed=recipe.seed)
     teacher = source.model(recipe.dtype)
     student = _train.student_of(teacher, made, source, given)
     work = out.with_name(out.name + ".distill")
@@ -323,6 +361,12 @@ def was_distilled(path: Path) -> bool:
         return False
     recipe = told.get("recipe")
     return bool(told.get("distill") or (isinstance(recipe, dict) and recipe.get("distill")))
+
+
+def was_aligned(path: Path) -> bool:
+    """Return True for a folder whose morph.json tells of layers that came from a bank."""
+    told = _record(path).get("provenance")
+    return isinstance(told, dict) and bool(told.get("aligned"))
 
 
 def plan_of_folder(path: Path, source: Source | None = None) -> Plan:

@@ -12,21 +12,23 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morph import __version__, strict
 from morph import plan as planning
+from morph.errors import UsageError, escape
 from morph.pipeline import _data
 from morph.pipeline._source import Say, Source, quiet
-from morph.recipes.schema import Mixer, Select, Stage
+from morph.recipes.schema import Mixer, Select, Stage, Training
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from morph.distill import Event, Log
     from morph.surgery import Morphable
     from morph.surgery._streaming import StreamedLayers
 
@@ -98,7 +100,7 @@ def mixers(
     if corpus is None or not _has_parameters(source, mixer):
         return None
     if not section.align:
-        return surgery.mixer_state(surgery.hybrid_layers(_started(source, model, mixer, corpus)))
+        return surgery.mixer_state(surgery.hybrid_layers(*started(source, model, [mixer], corpus)))
     stage = _stage(section, corpus)
     key = _key(source, mixer, stage, corpus, seed)
     with tempfile.TemporaryDirectory(prefix="morph-align-") as scratch:
@@ -159,30 +161,147 @@ def _align(
     work: Path,
     say: Say,
 ) -> dict[str, torch.Tensor]:
-    from morph import distill as training
     from morph import surgery
 
     say(f"aligning {mixer.name} in every layer ({stage.tokens:,} tokens, once)")
-    student = _started(source, model, mixer, corpus)
-    log = training.distill(
-        student,
-        model,
-        [stage],
-        training.text_batches(corpus.train, seed=seed, bos=source.tokenizer().bos_token_id),
-        out=work,
-        seed=seed,
-    )
+    made = started(source, model, [mixer], corpus)
+    _, log = together(source, made, [mixer], model, stage, corpus, out=work, seed=seed)
     losses = log.losses(0)
     say(f"aligned: relative error {losses[0]:.3f} -> {losses[-1]:.3f}")
-    return surgery.mixer_state(surgery.hybrid_layers(student))
+    return surgery.mixer_state(surgery.hybrid_layers(made[0]))
 
 
-def _started(source: Source, model: nn.Module, mixer: Mixer, corpus: _data.Corpus) -> nn.Module:
-    """Return the hybrid that has the mixer in every layer, calibrated where that is asked for."""
+# --- Several mixers at once ---------------------------------------------------------------------
+
+
+def started(
+    source: Source,
+    model: nn.Module,
+    mixers: Sequence[Mixer],
+    corpus: _data.Corpus | None,
+    say: Say = quiet,
+) -> list[nn.Module]:
+    """Return one hybrid a mixer, which has it in every candidate layer, calibrated on the text."""
     from morph import surgery
     from morph.pipeline import _start
 
-    plan = planning.uniform_plan(
-        source.family.model_type, source.geometry, [], mixer.name, mixer.options, None
+    made = []
+    for mixer in mixers:
+
+        def told(message: str, name: str = mixer.name) -> None:
+            say(f"{name}: {message}")
+
+        plan = planning.uniform_plan(
+            source.family.model_type, source.geometry, [], mixer.name, mixer.options, None
+        )
+        plan = surgery.resolve_costs(plan)
+        made.append(_start.hybrid_of(model, plan, corpus, mixer.calibrate, say=told))
+    return made
+
+
+def together(
+    source: Source,
+    hybrids: Sequence[nn.Module],
+    mixers: Sequence[Mixer],
+    teacher: nn.Module,
+    stage: Stage,
+    corpus: _data.Corpus,
+    *,
+    out: Path,
+    seed: int,
+    training: Training | None = None,
+    progress: Callable[[Event], None] | None = None,
+) -> tuple[list[dict[str, torch.Tensor]], Log]:
+    """Align every layer of all `hybrids` (one a mixer) in place, from one teacher forward a batch.
+
+    Returns what was aligned, one dictionary a mixer, by the names that tensors have in a hybrid:
+    all that was trained, and all that the mixers own. `out` keeps log and state.
+    """
+    from morph import distill as distillation
+    from morph import surgery
+
+    student, names = hybrids[0], labels(mixers)
+    every = [surgery.hybrid_layers(hybrid) for hybrid in hybrids]
+    places = surgery.layers_of(surgery.base_of(student), source.family)
+    joined = {
+        i: distillation.Candidates({f"@{name}": own[i] for name, own in zip(names, every)})
+        for i in every[0]
+    }
+    config: Any = student.config
+    plan = config.morph
+    # No plan has several mixers in a layer, and a saved state must know which ones it is of
+    config.morph = {"candidates": strict.plain(list(mixers))}
+    try:
+        for i, layer in joined.items():
+            setattr(places[i], source.family.attention, layer)
+        log = distillation.distill(
+            student,
+            teacher,
+            [stage],
+            _rows(source, stage, corpus, seed),
+            out=out,
+            seed=seed,
+            layers=joined,
+            training=training,
+            progress=progress,
+        )
+    finally:
+        config.morph = plan
+        for i, own in every[0].items():
+            setattr(places[i], source.family.attention, own)
+    trained = set(log.trained)
+    return [_aligned(source, own, f"@{name}", trained) for name, own in zip(names, every)], log
+
+
+def _rows(source: Source, stage: Stage, corpus: _data.Corpus, seed: int) -> Any:
+    from morph import distill as distillation
+
+    tokenizer = source.tokenizer()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if stage.rows == "windows":
+        return distillation.text_batches(corpus.train, seed=seed, bos=bos)
+    return distillation.document_batches(
+        corpus.train, corpus.train_starts, seed=seed, bos=bos, eos=eos
     )
-    return _start.hybrid_of(model, surgery.resolve_costs(plan), corpus, mixer.calibrate)
+
+
+def _aligned(
+    source: Source, layers: Mapping[int, Any], candidate: str, trained: set[str]
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for i, layer in layers.items():
+        place, own = stem(source, i), {name for name, _ in layer.own_parameters()}
+        for name, p in layer.named_parameters():
+            if name in own or f"{place}.{candidate}.{name}" in trained:
+                found[f"{place}.{name}"] = p.detach()
+    return found
+
+
+def stem(source: Source, layer: int) -> str:
+    """Return the name of a layer's attention in a causal LM."""
+    return f"model.{source.family.layers}.{layer}.{source.family.attention}"
+
+
+def refuse_untrained(source: Source, mixers: Sequence[Mixer], stage: Stage) -> None:
+    """Raise UsageError for a mixer of which the stage trains nothing."""
+    from morph import surgery
+
+    for mixer in mixers if stage.train == "new" else ():
+        plan = planning.uniform_plan(
+            source.family.model_type, source.geometry, [], mixer.name, mixer.options, None
+        )
+        if not surgery.own_parameter_names(source.family, plan):
+            raise UsageError(
+                f"--mixer {escape(mixer.name)} has no parameters of its own, and "
+                "distill.align.train=new trains nothing else. Leave one of the two out."
+            )
+
+
+def labels(mixers: Sequence[Mixer]) -> list[str]:
+    """Return a plain name for each mixer: its own, and a number where that is taken."""
+    found: list[str] = []
+    for mixer in mixers:
+        stem = "".join(c if c.isascii() and c.isalnum() else "_" for c in mixer.name)
+        same = sum(x == stem or x.startswith(f"{stem}-") for x in found)
+        found.append(f"{stem}-{same + 1}" if same else stem)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from morph.errors import DataError, UsageError
 from morph.recipes.schema import Data, Select
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from morph.data import Example
@@ -20,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Token ids of the training and held-out parts of the text, and whole stories of each."""
+    """Token ids of the training and held-out parts of the text, and whole stories of each.
+
+    `train_starts` `[D]` are the places in `train` where its documents start.
+    """
 
     train: torch.Tensor
     held_out: torch.Tensor
+    train_starts: torch.Tensor
     train_stories: tuple[str, ...]
     held_out_stories: tuple[str, ...]
 
@@ -33,45 +39,119 @@ class Corpus:
         return hashlib.sha256(self.train.numpy().tobytes()).hexdigest()
 
 
-def corpus(section: Data, tokenizer: Any, root: Path | None = None) -> Corpus:
-    """Read and tokenise the files of a data section; the last share of each file is held out.
+def corpus(section: Data, tokenizer: Any, root: Path | None = None, seed: int = 0) -> Corpus:
+    """Read and tokenise what a data section names; the last share of each entry is held out.
 
     Relative paths are tried from `root` (a recipe's folder) and then from the working folder.
-    Raises DataError where a file is missing, empty or not text, UsageError without any file.
+    `seed` gives the order of datasets, files keep their own. Raises DataError where an entry is
+    missing, empty or not text, UsageError without any entry or for a dataset without a limit.
     """
+    import numpy as np
     import torch
-
-    from morph import data
 
     if not section.text:
         raise UsageError(
-            "no text was given. Name files with --data FILE (.txt, .json, .jsonl), or in the "
-            "recipe under data.text."
+            "no text was given. Name files with --data FILE (.txt, .json, .jsonl, .parquet), or in "
+            "the recipe under data.text."
         )
     if not 0 < section.held_out < 1:
         raise DataError(f"data.held_out is {section.held_out}; it is a share between 0 and 1.")
-    parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    train, held_out, starts = _Joined(), _Joined(), []
     stories: tuple[list[str], list[str]] = ([], [])
     for name in section.text:
-        documents = data.read_documents(_find(name, root))
-        if len(documents) > 1:
-            cut = max(1, round(len(documents) * (1 - section.held_out)))
-            halves = documents[:cut], documents[cut:]
-            for side, half in enumerate(halves):
-                stories[side].extend(half)
-                if half:
-                    parts[side].append(data.token_ids(tokenizer, "\n".join(half)))
-            continue
-        ids = data.token_ids(tokenizer, documents[0])
-        cut = round(len(ids) * (1 - section.held_out))
-        parts[0].append(ids[:cut])
-        parts[1].append(ids[cut:])
+        found = _read(name, section, tokenizer, root, seed)
+        first = train.length
+        if len(found.texts) > 1:
+            cut = max(1, round(len(found.texts) * (1 - section.held_out)))
+            parts = [found.encoded(tokenizer, None, cut), found.encoded(tokenizer, cut, None)]
+            stories[0].extend(found.texts[:cut])
+            stories[1].extend(found.texts[cut:])
+            (ids, borders), (rest, _) = parts
+            over = 0 if section.limit is None else len(ids) + len(rest) - section.limit
+            if over > 0:  # all of it belongs to the last document
+                rest, ids = rest[: max(0, len(rest) - over)], ids[: section.limit]
+        else:
+            ids, borders = found.encoded(tokenizer, None, None)
+            ids = ids[: section.limit]
+            cut = round(len(ids) * (1 - section.held_out))
+            ids, rest, borders = ids[:cut], ids[cut:], borders[:1]
+        train.add(ids)
+        held_out.add(rest)
+        starts.append(borders[borders < len(ids)] + first)
     return Corpus(
-        train=torch.cat(parts[0]),
-        held_out=torch.cat(parts[1]),
+        train=torch.from_numpy(train.ids()),
+        held_out=torch.from_numpy(held_out.ids()),
+        train_starts=torch.from_numpy(np.concatenate(starts)),
         train_stories=tuple(stories[0]),
         held_out_stories=tuple(stories[1]),
     )
+
+
+class _Joined:
+    """Arrays put one behind the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.length = 0
+
+    def add(self, part: np.ndarray) -> None:
+        self.parts.append(part)
+        self.length += len(part)
+
+    def ids(self) -> np.ndarray:
+        import numpy as np
+
+        return np.concatenate(self.parts).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """The documents of an entry; `ids` where they were encoded one by one, None: as one text."""
+
+    texts: list[str]
+    ids: list[np.ndarray] | None
+
+    def encoded(
+        self, tokenizer: Any, start: int | None, stop: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and starts of some of the documents."""
+        from morph import documents
+
+        if self.ids is not None:
+            return documents.concatenated(self.ids[start:stop])
+        texts = self.texts[start:stop]
+        return documents.joined(tokenizer, texts) if texts else documents.concatenated([])
+
+
+def _read(name: str, section: Data, tokenizer: Any, root: Path | None, seed: int) -> _Entry:
+    from morph import documents
+
+    hub = documents.Hub.parse(name)
+    if hub is not None and section.limit is None:
+        raise UsageError(
+            f"data.limit: {hub} is streamed and may not end; say how many tokens to read, "
+            "such as data.limit=10M."
+        )
+    place = hub or _find(name, root)
+    suffix = place.suffix if isinstance(place, Path) else ""
+    # Files of these kinds have always been read as one text; chats bring their own newlines
+    as_one = not section.chat and suffix in (".txt", ".json", ".jsonl")
+    stream = documents.open_documents(
+        place,
+        column=section.column,
+        split=section.split,
+        seed=seed,
+        chat=tokenizer if section.chat else None,
+    )
+    with closing(stream):
+        if as_one and (section.limit is None or suffix == ".txt"):
+            texts = list(stream)
+            if section.limit is not None:
+                texts = [documents.shortened(tokenizer, texts[0], section.limit)]
+            return _Entry(texts=texts, ids=None)
+        ending = "" if section.chat else "\n"
+        texts, ids = documents.read_until(tokenizer, stream, section.limit, ending)
+    return _Entry(texts=texts, ids=None if as_one else ids)
 
 
 def _find(name: str, root: Path | None) -> Path:

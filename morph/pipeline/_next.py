@@ -21,6 +21,12 @@ def flags(**given: Any) -> Command:
     return found
 
 
+def as_yaml(value: Any) -> str:
+    """Return an option's value as `--set` reads it."""
+    plain = isinstance(value, bool) or value is None
+    return {True: "true", False: "false", None: "null"}[value] if plain else str(value)
+
+
 def after_score(recipe: Recipe, out: Path, sets: Iterable[str] | None) -> Command:
     """Return `plan` with the same mixer, data and questions, so that its swaps fit the scores."""
     kept = [x for x in sets or () if not x.startswith(("selector.", "select.selector"))]
@@ -67,6 +73,23 @@ def after_compare(recipe: Recipe, found: Any, sets: Iterable[str] | None) -> Com
     ]
 
 
+def after_align(recipe: Recipe, bank: Path, mixers: Iterable[Any]) -> Command:
+    """Return `convert` from the bank with the mixer that came nearest, with no aligning first."""
+    best = min(mixers, key=lambda m: sum(m["after"].values()))
+    sets = [f"mixer.{key}={as_yaml(value)}" for key, value in best["given"].items()]
+    return [
+        *("convert", recipe.model, f"{Path(recipe.model).name or 'model'}-hybrid"),
+        *flags(
+            aligned=bank,
+            mixer=best["name"],
+            data=recipe.data.text,
+            family=recipe.family,
+            seed=recipe.seed or None,
+            set=[*sets, "select.align=0"],
+        ),
+    ]
+
+
 def after_plan(recipe: Recipe, out: Path) -> Command:
     """Return `convert` into a new folder named after the model."""
     folder = f"{Path(recipe.model).name or 'model'}-hybrid"
@@ -93,7 +116,7 @@ def after_convert(recipe: Recipe, out: Path) -> Command:
 
 def after_evaluate(recipe: Recipe, model: str, against: str | None) -> Command:
     """Return `distill` for a fresh hybrid, `verify` for a distilled one, `score` for a source."""
-    from morph.pipeline import was_distilled
+    from morph.pipeline import was_aligned, was_distilled
 
     shared = flags(data=recipe.data.text, seed=recipe.seed or None)
     if against is None:
@@ -103,4 +126,5 @@ def after_evaluate(recipe: Recipe, model: str, against: str | None) -> Command:
     if was_distilled(Path(model)):
         return ["verify", model, "--against", against]
     out = f"{str(model).rstrip('/')}-distilled"
-    return ["distill", model, "--teacher", against, "--out", out, *shared]
+    left = flags(stages="logits=1M" if was_aligned(Path(model)) else None)
+    return ["distill", model, "--teacher", against, "--out", out, *left, *shared]

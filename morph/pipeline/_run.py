@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from morph.evaluation import Evaluation
 
 
+# Settings of a training that do not change what comes of it
+_ASIDE = ("tokens", "keep_states", "teacher_cache", "trackers")
+
+
 @dataclass
 class Run:
     """One run: the recipe, its folder, and what the stages share."""
@@ -103,7 +107,7 @@ def run(
     name = str(local) if local.is_dir() else recipe.model
     source = open_source(name, recipe.family)
     record = _open_folder(folder, source, force)
-    corpus = _data.corpus(recipe.data, source.tokenizer(), root)
+    corpus = _data.corpus(recipe.data, source.tokenizer(), root, seed=recipe.seed)
     state = Run(recipe, folder, source, corpus, say, progress, record)
     started = time.perf_counter()
     write_result(folder / "recipe.yaml", schema.dumps(recipe))
@@ -215,6 +219,7 @@ def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
         **_base(state),
         "plan": planning.dumps(plan),
         "distill": strict.plain(recipe.distill),
+        "training": {k: v for k, v in strict.plain(recipe.training).items() if k not in _ASIDE},
     }
     if state.fresh("checkpoint", inputs, folder):
         return dict(state.record["stages"]["checkpoint"]["use"])
@@ -301,10 +306,7 @@ def _report(
     from morph import report
 
     stages = state.record["stages"]
-    log = state.out / "distill" / "log.jsonl"
-    training = []
-    if log.is_file() and state.recipe.distill:
-        training = [json.loads(x) for x in log.read_text().splitlines() if x.strip()]
+    training = report.training_log(state.out / "distill") if state.recipe.distill else []
     cost = {f"{name} seconds": entry["seconds"] for name, entry in stages.items()}
     return report.report(
         state.out,

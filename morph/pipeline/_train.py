@@ -10,6 +10,7 @@ import numpy as np
 
 from morph import strict
 from morph.checkpoint import Checkpoint
+from morph.errors import MismatchError
 from morph.pipeline._data import Corpus
 from morph.pipeline._source import Say, Source, quiet
 from morph.plan import Plan
@@ -49,6 +50,17 @@ def student_of(teacher: nn.Module, plan: Plan, source: Source, given: Checkpoint
     return student
 
 
+def check_tokenizer(source: Source, given: Checkpoint) -> None:
+    """Raise MismatchError where a hybrid has another vocabulary file than its source."""
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        mine, theirs = given.path / name, source.path / name
+        if mine.is_file() and theirs.is_file() and mine.read_bytes() != theirs.read_bytes():
+            raise MismatchError(
+                f"{mine} is not the teacher's {theirs}: the same ids would be other words. Put the "
+                "teacher's tokenizer files back, or convert again."
+            )
+
+
 def distill(
     recipe: Recipe,
     student: nn.Module,
@@ -67,6 +79,7 @@ def distill(
     """
     from morph import data
     from morph import distill as training
+    from morph.pipeline import _probe
 
     task = recipe.select.task if recipe.select.task in data.NEEDLE_TASKS else "multikey"
     wants = any(stage.needles for stage in recipe.distill)
@@ -77,12 +90,19 @@ def distill(
         elif progress is not None:
             progress(event)
 
+    training.check_epochs(recipe.distill, len(corpus.train), recipe.data.epochs)
+    times = training.epochs_of(recipe.distill, len(corpus.train))
+    if times > 1.05:
+        say(f"the stages read the {len(corpus.train):,} tokens of text {times:.1f} times")
+    probe = _probe.probe_of(recipe.training, student, teacher, corpus, tokenizer, recipe.seed)
     log = training.distill(
         student,
         teacher,
         recipe.distill,
-        training.text_batches(corpus.train, seed=recipe.seed, bos=tokenizer.bos_token_id),
+        _source(corpus, tokenizer, recipe.seed),
         out=work,
+        training=recipe.training,
+        probe=probe,
         seed=recipe.seed,
         needles=training.needle_batches(task, tokenizer, corpus.train, seed=recipe.seed)
         if wants
@@ -93,6 +113,18 @@ def distill(
     student.morph_trained = tuple(sorted({*log.trained, *earlier}))  # type: ignore[assignment]
     student.eval()
     return log
+
+
+def _source(corpus: Corpus, tokenizer: Any, seed: int) -> Any:
+    """Return the batches of plain text of every stage: windows of it, or whole documents."""
+    from morph import distill as training
+
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    windows = training.text_batches(corpus.train, seed=seed, bos=bos)
+    starts = corpus.train_starts
+    documents = training.document_batches(corpus.train, starts, seed=seed, bos=bos, eos=eos)
+    kinds = {"windows": windows, "documents": documents}
+    return lambda index, stage: kinds[stage.rows](index, stage)
 
 
 def summary(log: Log, recipe: Recipe) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from typing import Any, Literal
 from morph import registry, strict
 from morph.errors import MorphError, RecipeError, UnknownName, UsageError, escape, nearest
 from morph.plan import Budget, Granularity, Unit
-from morph.recipes import _yaml
+from morph.recipes import _rules, _yaml
 
 TASKS = ("single_1", "single_2", "single_3", "multikey", "name_recall")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 BASELINES = ("uniform", "window")
 
 
@@ -28,12 +29,22 @@ BASELINES = ("uniform", "window")
 class Data:
     """Where calibration, distillation and evaluation text comes from.
 
-    `text` are local files (.txt, .json, .jsonl). The last `held_out` share of the tokens is kept
-    for evaluation and never trained on.
+    `text` are local files (.txt, .json, .jsonl, .parquet) or datasets of the Hub
+    (`hub:owner/name`, `hub:owner/name:config`), which are streamed; `column` holds the text of
+    .jsonl, .parquet and datasets, `split` is that of a dataset. The last `held_out` share of the
+    tokens is kept for evaluation and never trained on. `limit` is the most tokens read of every
+    entry; a dataset needs it. With `chat` the column holds lists of messages, which the
+    tokenizer's chat template turns into text. `epochs` is the most often that training may read
+    the text; None: as often as the stages ask for.
     """
 
     text: tuple[str, ...] = ()
     held_out: float = 0.1
+    column: str = "text"
+    split: str = "train"
+    limit: int | None = None
+    chat: bool = False
+    epochs: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,27 +95,66 @@ class Stage:
     """One stage of distillation.
 
     `loss` align: each new mixer regresses its layer's teacher output. logits: KL to the teacher.
-    long: cross-entropy. `train` new: the mixers' own parameters; attention: also the projections
-    of converted layers; all: everything. `tokens` is the budget, `lr` the peak learning rate,
-    `gate_lr` that of gates, decays and gains (which never get weight decay). `needles` is the
-    share of batches made of needle tasks instead of plain text.
+    long: cross-entropy, meant for long sequences. `tokens` is the budget; a recipe may give
+    `share` instead, of `training.tokens`. `kl` is the direction: forward is KL(teacher || student).
+    `cross_entropy` is the share of next-token cross-entropy in the loss, the rest being KL; None is
+    0 for logits and 1 for long. `train` new: the mixers' own parameters; attention: also the
+    projections of converted layers; all: everything; lora: the mixers' own, and low-rank updates
+    (`lora_rank`, `lora_alpha`) of those projections, merged at the end of the stage. `lr` is the
+    peak learning rate, `gate_lr` that of gates, decays and gains (which never get weight decay).
+    `needles` is the share of batches made of needle tasks instead of plain text. `rows` windows:
+    pieces of the text as it runs on; documents: whole documents packed, each mixed on its own.
+    `recompute` keeps fewer activations: those of every layer, or of its MLP, are made again on the
+    way back.
     """
 
     loss: Literal["align", "logits", "long"]
     tokens: int
     seq_len: int = 512
     batch_size: int = 4
-    train: Literal["new", "attention", "all"] = "attention"
+    train: Literal["new", "attention", "all", "lora"] = "attention"
     lr: float = 1e-3
     gate_lr: float = 1e-2
     min_lr_fraction: float = 0.1
     warmup_fraction: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
+    kl: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0
+    cross_entropy: float | None = None
     chunk_tokens: int = 256
     needles: float = 0.0
+    rows: Literal["windows", "documents"] = "windows"
+    recompute: Literal["none", "mlp", "layer"] = "none"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
     save_every: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the stages run, apart from what they are.
+
+    `tokens` is what the shares of stages are shares of. `keep_states` saved states stay.
+    Every `probe_every` steps (0: never) recall of `probe_task` is measured on `probe_examples`
+    questions of `probe_length` tokens; with `recall_target` a stage of `logits` or `long` ends
+    once recall reaches that share of the teacher's. `teacher_cache` is a folder that keeps the
+    teacher's final hidden states, so that other runs on the same text need no teacher forward.
+    `mixed_precision` computes in bfloat16 over float32 weights. `trackers` are told besides the
+    local log. `shard` splits weights over processes (FSDP2).
+    """
+
+    tokens: int | None = None
+    keep_states: int = 2
+    probe_every: int = 0
+    probe_task: str = "multikey"
+    probe_length: int = 512
+    probe_examples: int = 32
+    recall_target: float | None = None
+    teacher_cache: str | None = None
+    mixed_precision: Literal["no", "bf16"] = "no"
+    trackers: tuple[str, ...] = ()
+    shard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +184,7 @@ class Recipe:
     select: Select = field(default_factory=Select)
     mixer: Mixer = field(default_factory=Mixer)
     distill: tuple[Stage, ...] = ()
+    training: Training = field(default_factory=Training)
     evaluate: Evaluate = field(default_factory=Evaluate)
     out: str | None = None
 
@@ -181,7 +232,8 @@ def from_data(data: Any, where: str = "recipe", lines: Mapping[str, int] | None 
     """
     lines = lines or {}
     try:
-        recipe = strict.build(Recipe, _budget_as_text(data))
+        data = _rules.shares_as_tokens(_budget_as_text(data), lines.get("training.tokens") == 0)
+        recipe = strict.build(Recipe, data)
         check(recipe)
     except MorphError as error:
         key, line = str(error).partition(": ")[0], None
@@ -212,6 +264,8 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"select.task_options: task {select.task} has none; passkeys has some.")
     _among(TASKS, evaluate.tasks, "evaluate.tasks")
     _among(BASELINES, evaluate.baselines, "evaluate.baselines")
+    _among([t for t in TASKS if t != "name_recall"], (recipe.training.probe_task,), _PROBE)
+    _among(TRACKERS, recipe.training.trackers, "training.trackers")
     pins = {"keep": select.keep, "replace": select.replace}
     for name, units in pins.items():
         _pins(units, f"select.{name}")
@@ -222,6 +276,7 @@ def check(recipe: Recipe) -> None:
     except MorphError as error:
         raise type(error)(f"select.budget: {error}") from error
     _ranges(recipe)
+    _rules.together(recipe)
 
 
 def apply_sets(data: Any, sets: Iterable[str]) -> Any:
@@ -336,8 +391,10 @@ def _pins(units: Sequence[Unit], where: str) -> None:
 
 
 # Fields by the range they must lie in; the values are seen by a person, so the bounds are text
-_SHARES = {"held_out", "warmup_fraction", "min_lr_fraction", "needles"}
-_POSITIVE = {"lr", "gate_lr", "clip", "temperature"}
+_SHARES = {"held_out", "warmup_fraction", "min_lr_fraction", "needles", "cross_entropy"}
+_SHARES |= {"recall_target"}
+_POSITIVE = {"lr", "gate_lr", "clip", "temperature", "lora_alpha", "epochs"}
+_PROBE = "training.probe_task"
 _FROM_ZERO = {
     "seed",
     "weight_decay",
@@ -345,13 +402,14 @@ _FROM_ZERO = {
     "align",
     "perplexity_tokens",
     "calibrate",
+    "probe_every",
 }
 
 
 def _ranges(recipe: Recipe) -> None:
     parts: list[tuple[str, Any]] = [("", recipe), ("data.", recipe.data)]
     parts += [("select.", recipe.select), ("mixer.", recipe.mixer)]
-    parts += [("evaluate.", recipe.evaluate)]
+    parts += [("training.", recipe.training), ("evaluate.", recipe.evaluate)]
     parts += [(f"distill[{i}].", stage) for i, stage in enumerate(recipe.distill)]
     for prefix, part in parts:
         for f in fields(part):

@@ -6,7 +6,6 @@ torch. The HTML page holds its pictures and loads nothing. The same inputs give 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,11 @@ from morph.report._pictures import (
     recall_picture,
     size,
     tokens,
-    training_picture,
 )
+from morph.report._records import stage_grid, training_log
 from morph.report._scores import pairs_picture, scores_picture
 from morph.report._selection import agreement_picture, budget_picture
+from morph.report._training import training_picture
 
 __all__ = [
     "agreement_picture",
@@ -58,6 +58,7 @@ __all__ = [
     "report",
     "scores_picture",
     "table",
+    "training_log",
     "training_picture",
 ]
 
@@ -127,16 +128,17 @@ def report(
     """Write report.html, report.md and its pictures into `out_dir`; return their paths.
 
     Whatever is not given is left out. `commands` maps a title ("Load it", "Serve it", "Next") to
-    code, shown in that order. `training` holds the records of the log: `stage`, `step`, `loss`,
-    `tokens`, `seconds`, as far as present. Numbers of `provenance` under a name that ends in
-    " seconds" are listed as costs. Raises StorageError where nothing can be written.
+    code, shown in that order. `training` holds the records of the log, as `training_log` returns
+    them; what is missing or odd in them is left out. Numbers of `provenance` under a name that ends
+    in " seconds" are listed as costs. Raises StorageError where nothing can be written.
     """
     facts = strict.plain(recipe) if recipe is not None else {}
     blocks = _done_blocks(facts, scores, plan)
     if evaluation:
         blocks += [Heading(text="What it kept"), *_evaluation_blocks(evaluation)]
     known = strict.plain(provenance or {})
-    blocks += _cost_blocks(scores, training, known)
+    blocks += _training_blocks(training)
+    blocks += _cost_blocks(scores, known)
     pictures = _pictures(scores, plan, evaluation, training, _dtype(facts))
     if pictures:
         blocks += [Heading(text="Pictures"), *pictures]
@@ -281,30 +283,28 @@ def _evaluation_blocks(evaluation: Evaluation) -> list[Block]:
     return [*blocks, Paragraph(text=text)]
 
 
-def _cost_blocks(
-    scores: Scores | None, training: Sequence[Record], provenance: Record
-) -> list[Block]:
+def _training_blocks(training: Sequence[Record]) -> list[Block]:
+    grid = stage_grid(training)
+    if grid is None:
+        return []
+    text = (
+        "Losses are means of the first and of the last tenth of the steps. They are comparable "
+        "within a stage only: align is a relative error, logits a divergence from the teacher."
+    )
+    return [Heading(text="Training"), grid, Paragraph(text=text)]
+
+
+def _cost_blocks(scores: Scores | None, provenance: Record) -> list[Block]:
     rows = []
     if scores:
         seconds, count = (scores.provenance.get(k) for k in ("seconds", "tokens"))
-        rows.append([f"scoring by {scores.selector}", _count(count), _count(seconds), "", ""])
-    done = 0.0
-    for name, records in _stages(training).items():
-        losses = [r["loss"] for r in records if _is_number(r.get("loss"))]
-        few = max(1, len(losses) // 10)
-        ends = [f"{statistics.fmean(x):.4g}" for x in (losses[:few], losses[-few:]) if x]
-        counts = [r["tokens"] for r in records if _is_number(r.get("tokens"))] or [0]
-        # A log may count tokens from the start of the run, or of the stage.
-        spent = counts[-1] - (done if counts[0] > done else 0)
-        done = counts[-1]
-        seconds = next((r["seconds"] for r in reversed(records) if "seconds" in r), None)
-        rows.append([name, _count(spent), _count(seconds), *(ends or ["", ""])])
+        rows.append([f"scoring by {scores.selector}", _count(count), _count(seconds)])
     for key, value in provenance.items():
         if _is_cost(key, value):
-            rows.append([str(key).removesuffix(" seconds"), "", _count(value), "", ""])
+            rows.append([str(key).removesuffix(" seconds"), "", _count(value)])
     if not rows:
         return []
-    head = ("stage", "tokens", "seconds", "loss at start", "loss at end")
+    head = ("stage", "tokens", "seconds")
     used = [n for n in range(len(head)) if n == 0 or any(row[n] for row in rows)]
     grid = Grid(head=[head[n] for n in used], rows=[[row[n] for n in used] for row in rows])
     return [Heading(text="What it cost"), grid]
@@ -312,16 +312,6 @@ def _cost_blocks(
 
 def _is_cost(key: str, value: Any) -> bool:
     return str(key).endswith(" seconds") and _is_number(value)
-
-
-def _stages(training: Sequence[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
-    for record in training:
-        stage = record.get("stage", 0)
-        label = str(stage + 1 if isinstance(stage, int) else stage)
-        name = f": {record['name']}" if "name" in record else ""
-        found.setdefault(f"stage {label}{name}", []).append(record)
-    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -372,16 +362,8 @@ def _pictures(
         plans = {"source": full_plan(plan.model_type, plan.geometry), "hybrid": plan}
         alt = "Cache bytes of one sequence against its length"
         found.append(("cache.png", alt, cache_picture(plans, dtype)))
-    curves = {
-        name: [(r.get("tokens", n), r["loss"]) for n, r in enumerate(records) if _curve(r)]
-        for name, records in _stages(training).items()
-    }
-    curves = {name: points for name, points in curves.items() if len(points) > 1}
-    if curves:
-        alt = "The loss of each stage of training"
-        found.append(("training.png", alt, training_picture(curves)))
+    drawn = training_picture(training)
+    if drawn is not None:
+        alt = "Loss, align errors, recall and gates of the training, as far as they were logged"
+        found.append(("training.png", alt, drawn))
     return [Picture(name=name, alt=alt, png=png) for name, alt, png in found]
-
-
-def _curve(record: Record) -> bool:
-    return _is_number(record.get("loss")) and _is_number(record.get("tokens", 0))

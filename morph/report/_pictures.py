@@ -207,21 +207,6 @@ def cache_picture(plans: Mapping[str, Plan], dtype: str = "bfloat16") -> bytes:
         return png()
 
 
-def training_picture(stages: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
-    """Draw the loss of each stage of training against its tokens: (tokens, loss) pairs."""
-    with canvas(8, 2.9) as (figure, png):
-        panels = figure.subplots(1, len(stages), squeeze=False)[0]
-        for axes, (name, points) in zip(panels, stages.items()):
-            x, y = zip(*points)
-            axes.plot(x, y, color=MODEL_COLOURS[1], linewidth=1.4, marker="." * (len(x) < 30))
-            axes.set(title=short(name, 60 // len(stages)), xlabel="tokens")
-            axes.xaxis.set_major_locator(_ticker().MaxNLocator(4))
-            axes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
-            axes.grid(axis="y")
-        panels[0].set_ylabel("loss")
-        return png()
-
-
 def tokens(count: int) -> str:
     """Return a length as people say it: 512, 32K, 1M, and 1000 as it is."""
     for unit, step in (("M", 1 << 20), ("K", 1 << 10)):
@@ -230,11 +215,12 @@ def tokens(count: int) -> str:
     return str(count)
 
 
-def _thousands(count: float) -> str:
-    for unit, step in (("M", 10**6), ("K", 10**3)):
+def thousands(count: float) -> str:
+    """Return a number of tokens read off an axis, in powers of ten: 500, 1.5K, 30M."""
+    for unit, step in (("G", 10**9), ("M", 10**6), ("K", 10**3)):
         if count >= step:
-            return f"{count / step:g}{unit}"
-    return f"{count:g}"
+            return f"{count / step:.3g}{unit}"
+    return f"{count:.3g}"
 
 
 def size(count: float) -> str:
