@@ -20,12 +20,12 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "data" / "sherlock_holmes.txt"
 WINDOW, SEQ_LEN, LR = 64, 512, 1e-4
 MIXERS: dict[str, dict[str, Any]] = {"sliding": {"window": WINDOW}, "decay": {}}
-LAYERS, EVERY_FOURTH, LOWER_HALF = 24, tuple(range(3, 24, 4)), tuple(range(12))
+DEEP = {"num_hidden_layers": 24, "head_dim": 32, "hidden_size": 256, "intermediate_size": 768}
+EVERY_FOURTH, LOWER_HALF = tuple(range(3, 24, 4)), tuple(range(12))
 # name -> vocabulary (None: the embedded checkpoint), full layers, rows of a batch
 MODELS: dict[str, tuple[int | None, tuple[int, ...], int]] = {
     "checkpoint": (None, (5, 7), 4),
@@ -119,24 +120,16 @@ def make(name: str, work: Path) -> Case:
         return Case(name=name, folder=folder, ids=ids, full=full, rows=rows)
     folder = work / str(vocab)
     if not folder.exists():
-        random_model(folder, vocab_size=vocab, hidden_size=256, intermediate_size=768)
+        random_model(folder, vocab_size=vocab, **DEEP)
     ids = torch.randint(0, vocab, (65536,), generator=torch.Generator().manual_seed(1))
     return Case(name=name, folder=folder, ids=ids, full=full, rows=rows)
 
 
-def random_model(folder: Path, layers: int = LAYERS, head_dim: int = 32, **shape: int) -> None:
+def random_model(folder: Path, **shape: int) -> None:
     """Write a random Qwen3 whose attention is far from uniform, so that a window changes it."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=head_dim,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        **shape,
-    )
-    model = Qwen3ForCausalLM(config)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    model = Qwen3ForCausalLM(Qwen3Config(**heads, max_position_embeddings=2048, **shape))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -174,7 +167,7 @@ def ours(
     with tempfile.TemporaryDirectory() as out:
         stages, source = [case.stage(loss, steps)], _source(case, with_labels)
         log = distill.distill(*models, stages, source, out=Path(out), seed=0, progress=told)
-    return log.losses(0), _gaps(marks)
+    return log.losses(0), [b - a for a, b in pairwise(marks)]
 
 
 def naive(
@@ -203,7 +196,7 @@ def naive(
         del target, logits, loss  # nothing of a step stays, neither in memory nor in the next one
         marks.append(time.process_time())
         after()
-    return losses, _gaps(marks)
+    return losses, [b - a for a, b in pairwise(marks)]
 
 
 def _trained(case: Case, model: nn.Module) -> list[nn.Parameter]:
@@ -223,10 +216,6 @@ def _source(case: Case, with_labels: bool = False) -> distill.Source:
     return labelled if with_labels else plain
 
 
-def _gaps(marks: list[float]) -> list[float]:
-    return [b - a for a, b in itertools.pairwise(marks)]
-
-
 def plain_kl(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the KL of whole logits [B, T, V], mean over tokens."""
     p, q = (log_softmax(x.flatten(0, 1), -1) for x in (target, logits))
@@ -242,7 +231,7 @@ def students(case: Case, mixer: str) -> dict[str, Callable[[], nn.Module]]:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def in_turns(runs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, Any]:
+def in_turns(runs: dict[str, Callable[[], Measured]], rounds: int) -> tuple[Any, dict[str, float]]:
     """Return losses, and the median CPU seconds of a step, of runs taken A B A B."""
     losses: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -250,7 +239,7 @@ def in_turns(runs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, 
         for name, run in runs.items():
             losses[name], taken = run()
             seconds[name] += taken[1:-1]
-    return {"losses": losses, "seconds": {n: statistics.median(s) for n, s in seconds.items()}}
+    return losses, {n: statistics.median(s) for n, s in seconds.items()}
 
 
 def gate_first_losses(case: Case, mixer: str) -> None:
@@ -280,10 +269,9 @@ def gate_first_losses(case: Case, mixer: str) -> None:
 
 def align_part(case: Case, mixer: str, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     gate_first_losses(case, mixer)
-    runs = {
-        loss: functools.partial(ours, case, mixer, loss, args.steps) for loss in ("align", "logits")
-    }
-    seconds = in_turns(runs, args.rounds)["seconds"]
+    both = ("align", "logits")
+    runs = {x: functools.partial(ours, case, mixer, x, args.steps) for x in both}
+    _, seconds = in_turns(runs, args.rounds)
     rates = {n: case.rows * SEQ_LEN / s for n, s in seconds.items()}
     ratio = rates["align"] / rates["logits"]
     line = (
@@ -299,21 +287,21 @@ def naive_part(case: Case, mixer: str, args: argparse.Namespace) -> tuple[str, d
     }
     for name, made in students(case, mixer).items():
         runs[name] = lambda made=made: naive(case, made(), args.steps)
-    found = in_turns(runs, args.rounds)
+    losses, seconds = in_turns(runs, args.rounds)
     for name in list(runs)[1:]:
-        for step, right in enumerate(found["losses"][name]):
-            got = torch.tensor(found["losses"]["ours"][step])
+        for step, right in enumerate(losses[name]):
+            got = torch.tensor(losses["ours"][step])
             _bench.gate(f"{case.name} {mixer} {name} {step}", torch.tensor(right), got, 1e-4)
-    rates = {n: case.rows * SEQ_LEN / s for n, s in found["seconds"].items()}
+    rates = {n: case.rows * SEQ_LEN / s for n, s in seconds.items()}
     ratios = {n: rates["ours"] / rates[n] for n in list(runs)[1:]}
     told = ", ".join(f"{n} {rates[n]:.0f} ({r:.2f}x)" for n, r in ratios.items())
     line = f"naive {case.name} {mixer}: ours {rates['ours']:.0f} tokens/s; {told}"
-    return line, {"tokens_per_second": rates, "ours_over": ratios, "losses": found["losses"]}
+    return line, {"tokens_per_second": rates, "ours_over": ratios, "losses": losses}
 
 
 # --- memory -------------------------------------------------------------------------------------
 
-BIG = {"layers": 16, "head_dim": 96, "vocab_size": 32768, "hidden_size": 768}
+BIG = {"num_hidden_layers": 16, "head_dim": 96, "hidden_size": 768, "intermediate_size": 2304}
 BIG_FULL = (3, 7, 11, 15)
 
 
@@ -355,8 +343,9 @@ def _step(case: Case, side: str, mixer: str, after: Callable[[], None]) -> int:
 
 def memory_part(mixer: str, work: Path) -> tuple[str, dict[str, Any]]:
     if not (work / "big").exists():
-        random_model(work / "small", **{**BIG, "hidden_size": 64, "intermediate_size": 64})
-        random_model(work / "big", intermediate_size=2304, **BIG)
+        small = {"hidden_size": 64, "intermediate_size": 64}
+        random_model(work / "small", vocab_size=32768, **{**BIG, **small})
+        random_model(work / "big", vocab_size=32768, **BIG)
     held: dict[str, dict[str, float]] = {}
     for side in ("one model", "ours", "two models"):
         out = _bench.last_line(__file__, "--resident", side, mixer, str(work))

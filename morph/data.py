@@ -264,8 +264,8 @@ def _needle_example(
     if room < 0:
         raise DataError(
             f"{len(needles)} needle(s) and the question need {length - room} tokens,"
-            f" length is {length}; set select.seq_len or evaluate.lengths to at least"
-            f" {length - room}"
+            f" length is {length}; set select.seq_len, evaluate.lengths or training.probe_length"
+            f" to at least {length - room}"
         )
     if len(haystack) < room:
         raise DataError(

@@ -1,13 +1,14 @@
 """Distillations described in JSON, for tests that run them in several processes or kill them.
 
 `python _distill_worker.py JOBS.json` runs a list of jobs one after the other, under torchrun in
-several processes. `... --fork JOBS.json` runs each in a process of its own that may be killed, and
-costs the imports once. What came of a job lies in its folder: `result-<rank>.json`, and from the
-main process `weights.safetensors`.
+several processes. `... --fork JOBS.json` runs each in a process of its own, which may be killed,
+and pays for the imports once; it prints how each process ended and what it left. `out` is a job's
+folder; what came of it is in `<result>-<rank>.json` and, the weights, in `<result>.safetensors`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,16 @@ from safetensors.torch import save_file
 from morph import modeling, surgery
 from morph.distill import Batch, distill
 from morph.distill import _states as states
-from morph.distill import _trainee as trainee
+from morph.distill._trainee import Trainee
 from morph.errors import MorphError
 from morph.plan import uniform_plan
 from morph.recipes.schema import Stage, Training
 from morph.testing import tiny_model
 
-TEXT = torch.randint(0, 60, (400,), generator=torch.Generator().manual_seed(3))
-STAGE = {"seq_len": 12, "batch_size": 4, "save_every": 4, "chunk_tokens": 7, "lr": 3e-3}
 Job = dict[str, Any]
+
+TEXT = torch.randint(0, 60, (400,), generator=torch.Generator().manual_seed(3))
+STAGE = {"seq_len": 12, "batch_size": 4, "save_every": 3, "chunk_tokens": 7, "lr": 3e-3}
 
 
 class Stop(RuntimeError):
@@ -40,10 +43,9 @@ class Stop(RuntimeError):
 
 
 class Rows:
-    """Windows of the text; with `needles` two tokens are supervised, with `packed` two documents
-    and padding lie in a row."""
+    """Windows of the text; "needles": few tokens supervised; "packed": two documents, padding."""
 
-    def __init__(self, index: int, stage: Stage, kind: str = "windows") -> None:
+    def __init__(self, index: int, stage: Stage, kind: str) -> None:
         self.index, self.stage, self.kind = index, stage, kind
 
     def batch(self, step: int) -> Any:
@@ -53,21 +55,21 @@ class Rows:
         ids = torch.stack([TEXT[s : s + length] for s in starts.tolist()])
         if self.kind == "needles":
             labels = torch.full_like(ids, -100)
-            labels[:, -2:] = ids[:, -2:]
+            labels[::2, -2:] = ids[::2, -2:]  # in two processes, the second has nothing to learn
             return ids, labels
-        if self.kind == "packed":
-            first = torch.randint(1, length, (rows, 1), generator=make)
-            place = torch.arange(length).expand(rows, length)
-            real = place < torch.randint(length - 3, length + 1, (rows, 1), generator=make)
-            return Batch(ids=ids, positions=torch.where(place < first, place, place - first), real=real)
-        return ids
+        if self.kind == "windows":
+            return ids
+        place = torch.arange(length).expand(rows, length)
+        first = torch.randint(1, length, (rows, 1), generator=make)
+        real = place < torch.randint(length - 3, length + 1, (rows, 1), generator=make)
+        positions = torch.where(place < first, place, place - first)
+        return Batch(ids=ids, positions=positions, real=real)
 
 
 def models(job: Job) -> tuple[Any, Any]:
     """Return teacher and student; the lowest layer stays."""
     shape = {"num_hidden_layers": 3, **job.get("config", {})}
-    teacher: Any = tiny_model(job.get("family", "llama"), **shape)
-    teacher = teacher.to(getattr(torch, job.get("dtype", "float32")))
+    teacher: Any = tiny_model("llama", **shape).to(getattr(torch, job.get("dtype", "float32")))
     mixer, options = job.get("mixer", "decay"), job.get("options", {})
     geometry = surgery.geometry_of(teacher)
     student = modeling.hybrid(teacher, uniform_plan("llama", geometry, [0], mixer, options, None))
@@ -75,28 +77,27 @@ def models(job: Job) -> tuple[Any, Any]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run a job; return what it came to, for this process."""
-    out = Path(job["out"])
+    """Run a job; return what it came to in this process."""
     rank = int(os.environ.get("RANK", "0"))
+    out = Path(job["out"] + str(rank) * job.get("apart", False))
     teacher, student = models(job)
-    bits, places = digest(named(teacher)), [p.data_ptr() for p in teacher.parameters()]
-    told: dict[str, Any] = {"error": None, "notes": [], "events": 0, "share": {}}
-    stages = [Stage(**{**STAGE, **stage}) for stage in job["stages"]]
+    before, places = digest(teacher), [p.data_ptr() for p in teacher.parameters()]
+    told: dict[str, Any] = {"rank": rank, "error": None, "events": [], "share": {}, "saves": 0}
 
-    def progress(event: Any) -> None:
-        told["events"] += 1
+    def rows(kind: str) -> Any:
+        return lambda index, stage: Rows(index, stage, kind)
 
     with watched(job, rank, told):
         try:
             log = distill(
                 student,
                 teacher,
-                stages,
-                lambda i, stage: Rows(i, stage, job.get("rows", "windows")),
+                [Stage(**{**STAGE, **stage}) for stage in job["stages"]],
+                rows(job.get("rows", "windows")),
                 out=out,
                 seed=1,
-                needles=lambda i, stage: Rows(i, stage, "needles"),
-                progress=progress,
+                needles=rows("needles"),
+                progress=lambda event: told["events"].append(event.kind),
                 training=Training(**job.get("training", {})),
             )
             told |= {"records": log.records, "notes": log.notes, "trained": log.trained}
@@ -104,120 +105,139 @@ def run(job: Job) -> dict[str, Any]:
             told["error"] = "Stop"
         except MorphError as error:
             told["error"] = f"{type(error).__name__}: {error}"
-    weights = named(student)
-    told["weights"] = digest(weights)
-    told["teacher_is_the_same"] = digest(named(teacher)) == bits
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    told["weights"] = digest(student)
+    told["teacher_has_its_bits"] = digest(teacher) == before
     told["teacher_is_where_it_was"] = [p.data_ptr() for p in teacher.parameters()] == places
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"result-{rank}.json").write_text(json.dumps(told))
+    result = job.get("result", f"{out}-result")
+    Path(f"{result}-{rank}.json").write_text(json.dumps(told))
     if rank == 0:
-        save_file({n: p.clone() for n, p in weights.items()}, out / "weights.safetensors")
+        weights = {n: p.detach().clone() for n, p in student.named_parameters()}
+        save_file(weights, f"{result}.safetensors")
     return told
 
 
-def named(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def digest(weights: dict[str, torch.Tensor]) -> str:
+def digest(model: Any) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        found.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, p in model.named_parameters():
+        found.update(name.encode() + p.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
-class watched:
-    """Stops or kills a job where it says so, and looks at how its weights are split."""
+@contextlib.contextmanager
+def watched(job: Job, rank: int, told: dict[str, Any]) -> Iterator[None]:
+    """Stop or end a job where it says so; note how its weights are split, and who saves."""
+    inner_step, inner_begin, inner_save = Trainee.step, Trainee.begin, states.save_file
+    steps = [0]
 
-    def __init__(self, job: Job, rank: int, told: dict[str, Any]) -> None:
-        self.job, self.rank, self.told, self.steps = job, rank, told, 0
+    def step(trainee: Any, factor: float) -> None:
+        inner_step(trainee, factor)
+        steps[0] += 1
+        if steps[0] == job.get("stop"):
+            raise Stop
+        if steps[0] == job.get("ctrl_c"):
+            signal.raise_signal(signal.SIGINT)
+        if [rank, steps[0]] == job.get("die"):
+            os._exit(3)
 
-    def __enter__(self) -> None:
-        self.step, self.begin = trainee.Trainee.step, trainee.Trainee.begin
-        job, told, watch = self.job, self.told, self
+    def begin(trainee: Any, stage: Stage, *rest: Any) -> None:
+        inner_begin(trainee, stage, *rest)
+        told["share"][f"{stage.loss} {stage.train}"] = share(trainee.model), share(trainee.teacher)
 
-        def step(this: Any, factor: float) -> None:
-            watch.step(this, factor)
-            watch.steps += 1
-            if watch.steps == job.get("stop"):
-                raise Stop
-            if job.get("die") == [watch.rank, watch.steps]:
-                os._exit(3)
+    def save(*arguments: Any) -> None:
+        inner_save(*arguments)
+        told["saves"] += 1
 
-        def begin(this: Any, stage: Stage, *args: Any) -> None:
-            watch.begin(this, stage, *args)
-            told["share"][stage.loss + stage.train] = [_share(this.model), _share(this.teacher)]
-
-        trainee.Trainee.step, trainee.Trainee.begin = step, begin  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        trainee.Trainee.step, trainee.Trainee.begin = self.step, self.begin  # type: ignore[method-assign]
+    with contextlib.ExitStack() as stack:
+        for owner, name, new in (
+            (Trainee, "step", step),
+            (Trainee, "begin", begin),
+            (states, "save_file", save),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, new)
+        yield
 
 
-def _share(model: Any) -> float:
+def share(model: Any) -> float:
     """Return which share of a base model's parameters lies in this process."""
     whole = list(model.base_model.parameters())
     mine = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in whole)
     return mine / sum(p.numel() for p in whole)
 
 
-# --- processes that are killed --------------------------------------------------------------------
+# --- processes that are killed ------------------------------------------------------------------
 
 
-def forked(job: Job) -> int:
-    """Run a job in a process of its own, killed where it says so; return its exit status."""
+def forked(job: Job) -> dict[str, Any]:
+    """Run a job in a process of its own, killed where it says so; return how that ended."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            if "limit" in job:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
-            if "write" in job:
-                _kill_in_save(job)
+            endangered(job)
             run(job)
             code = 0
         finally:
             os._exit(code)
-    if "kill" in job:  # [lines of the log, seconds more]: whatever it is doing then
+    if "kill" in job:  # [lines of the log, seconds]: whatever it is doing then
         lines, wait = job["kill"]
         log = Path(job["out"]) / "log.jsonl"
         while not log.exists() or log.read_bytes().count(b"\n") < lines:
             time.sleep(0.0005)
         time.sleep(wait)
-        os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still the child's
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still the child's
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"status": status, "states": left(Path(job["out"]) / "states")}
 
 
-def _kill_in_save(job: Job) -> None:
-    """Kill this process at what a save does to the disk for the `write`-th time after a step."""
-    folder, after, left = str(Path(job["out"]) / "states"), job["after"], [job["write"]]
-    steps = [0]
-    step, save = trainee.Trainee.step, states.save_file
+def left(folder: Path) -> dict[str, bool]:
+    """Return the states in a folder, and whether each is whole."""
+    found = {}
+    for path in sorted(folder.glob("step-*")):
+        try:
+            told = json.loads((path / "state.json").read_text())["sha256"]
+            data = (path / "tensors.safetensors").read_bytes()
+            found[path.name] = hashlib.sha256(data).hexdigest() == told
+        except OSError:
+            found[path.name] = False
+    return found
 
-    def counted(this: Any, factor: float) -> None:
-        step(this, factor)
+
+_TOUCHES = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.scandir", "shutil.rmtree")
+
+
+def endangered(job: Job) -> None:
+    """From step `after` on, kill this process in a save, or let the disk take no large file.
+
+    `at` n: before the n-th thing that Python does to the folder of states. `half`: with half of
+    the tensors written. `limit`: the largest file in bytes.
+    """
+    if "after" not in job:
+        return
+    folder, todo, steps = str(Path(job["out"]) / "states"), [job.get("at", 0)], [0]
+    step, save = Trainee.step, states.save_file
+
+    def counted(trainee: Any, factor: float) -> None:
+        step(trainee, factor)
         steps[0] += 1
+        if steps[0] == job["after"] and "limit" in job:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
 
     def half(tensors: Any, file: Any) -> None:
         save(tensors, file)
-        if steps[0] >= after and job.get("half"):
+        if steps[0] >= job["after"] and job.get("half"):
             os.truncate(file, os.path.getsize(file) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        touches = event in _TOUCHES and any(folder in str(x) for x in arguments)
-        if steps[0] >= after and touches and not job.get("half"):
-            left[0] -= 1
-            if left[0] == 0:
+    def touched(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _TOUCHES and steps[0] >= job["after"] and folder in str(arguments[0]):
+            todo[0] -= 1
+            if todo[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    trainee.Trainee.step = counted  # type: ignore[method-assign]
-    states.save_file = half
-    sys.addaudithook(hook)
-
-
-_TOUCHES = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree", "os.scandir"}
+    Trainee.step, states.save_file = counted, half  # type: ignore[method-assign]
+    sys.addaudithook(touched)
 
 
 def main() -> None:
@@ -227,6 +247,13 @@ def main() -> None:
         for job in jobs:
             run(job)
         return
+    # What is imported now need not be imported by every process
+    import accelerate  # noqa: F401
+
+    teacher, student = models(jobs[0])
+    with torch.no_grad():
+        teacher(TEXT[None, :9])
+        student(TEXT[None, :9])
     print(json.dumps([forked(job) for job in jobs]))
 
 

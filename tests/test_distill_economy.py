@@ -137,6 +137,31 @@ def test_recomputing_runs_the_layers_again(tmp_path):
     assert mine == [0, 0, 8, 8]
 
 
+@pytest.mark.parametrize("loss", ["logits", "long"])
+def test_micro_batches_give_the_same_step(loss, tmp_path):
+    whole, log = trained(tmp_path / "a", [stage(loss=loss, batch_size=4, tokens=3 * 96)])
+    parts, other = trained(
+        tmp_path / "b", [stage(loss=loss, batch_size=4, tokens=3 * 96, micro_batch=3)]
+    )
+    assert log.losses(0) == pytest.approx(other.losses(0), rel=1e-5)
+    a, b = weights(whole), weights(parts)
+    assert max((a[n] - b[n]).abs().max().item() for n in a) < 1e-4
+
+
+def test_micro_batches_of_align_are_regressions_of_their_own(tmp_path):
+    one = stage(loss="align", batch_size=2, tokens=48, lr=0.0, gate_lr=0.0)
+    ids = TEXT[:48].view(2, 24)
+    _, log = trained(
+        tmp_path / "a", [dataclasses.replace(one, micro_batch=1)], batches=lambda i, s: Given(ids)
+    )
+    single = dataclasses.replace(one, batch_size=1, tokens=24)
+    alone = [
+        trained(tmp_path / str(i), [single], batches=lambda _, s, i=i: Given(ids[i : i + 1]))[1]
+        for i in range(2)
+    ]
+    assert log.losses(0)[0] == pytest.approx(sum(x.losses(0)[0] for x in alone) / 2, rel=1e-6)
+
+
 # --- the teacher on disk -------------------------------------------------------------------------
 
 

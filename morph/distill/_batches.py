@@ -43,6 +43,12 @@ class Batch:
         """Return the batch with every tensor changed: rows picked, or moved to a device."""
         return Batch(**{n: change(t) for n, t in self.tensors().items()})
 
+    def parts(self, rows: int | None) -> list[Batch]:
+        """Return the batch in pieces of at most so many rows; None: whole."""
+        total = self.ids.shape[0]
+        step = rows or total
+        return [self.map(lambda t, a=a: t[a : a + step]) for a in range(0, total, step)]
+
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of a base model's forward."""
         told = {} if self.positions is None else {"position_ids": self.positions}

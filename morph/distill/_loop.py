@@ -268,7 +268,7 @@ class _Run:
         """Do one batch of a stage: forward and backward; return its loss and more for the log."""
         shared = self.trainee, self.accelerator, self.targets
         if head is None:
-            return align(*shared, batch)
+            return align(*shared, stage, batch)
         return end_to_end(*shared, stage, head, batch)
 
     def _advance(self, stage: Stage, is_last: bool) -> None:

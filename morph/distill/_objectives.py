@@ -19,14 +19,26 @@ from morph.recipes.schema import Stage
 
 
 def align(
-    trainee: Trainee, accelerator: Any, teacher: Teacher, batch: Batch
+    trainee: Trainee, accelerator: Any, teacher: Teacher, stage: Stage, batch: Batch
 ) -> tuple[float, dict[str, Any]]:
     """Backward every converted layer's regression on the teacher's input and output.
 
     All layers, and all candidates of a layer, come from one teacher forward, and one graph is alive
     at a time. Padding does not count. Returns the mean of the relative errors, and each of them by
-    layer, or by `layer/candidate`. Raises TrainingError.
+    layer, or by `layer/candidate`; with micro-batches the means of theirs. Raises TrainingError.
     """
+    losses: dict[str, float] = {}
+    for part in batch.parts(stage.micro_batch):
+        share = len(part.ids) / len(batch.ids)
+        for key, loss in _regress(trainee, accelerator, teacher, part, share).items():
+            losses[key] = losses.get(key, 0.0) + share * loss
+    return sum(losses.values()) / len(losses), {"layers": losses}
+
+
+def _regress(
+    trainee: Trainee, accelerator: Any, teacher: Teacher, batch: Batch, share: float
+) -> dict[str, float]:
+    """Backward `share` of every regression on a micro-batch; return their whole losses."""
     calls = teacher.calls(batch)
     losses: dict[str, float] = {}
     for i, layer in trainee.layers.items():
@@ -45,8 +57,8 @@ def align(
             if not math.isfinite(losses[key]):
                 raise TrainingError(f"the loss of layer {key} is {losses[key]}")
             if loss.requires_grad:
-                accelerator.backward(loss)
-    return sum(losses.values()) / len(losses), {"layers": losses}
+                accelerator.backward(loss if share == 1 else loss * share)
+    return losses
 
 
 def end_to_end(
@@ -58,13 +70,32 @@ def end_to_end(
     the answers, never padding, and for cross-entropy none that starts a document. Returns the
     loss. Raises DataError where nothing counts, and TrainingError.
     """
-    share = cross_entropy_share(stage)
-    # Position t predicts token t + 1; the KL of plain text can use the last position too.
-    wanted = batch.wanted(shifted=share > 0 or batch.labels is not None)
-    rows = wanted != IGNORED  # [B, T]
-    count = int(_sum(accelerator, rows.sum()).item())
+    count = int(_sum(accelerator, (_wanted(stage, batch) != IGNORED).sum()).item())
     if not count:
         raise DataError(f"a batch of stage {stage.loss!r} has no token to learn from.")
+    value = 0.0
+    for part in batch.parts(stage.micro_batch):
+        value += _learn(trainee, accelerator, teacher, stage, head, part, count)
+    return value, {} if batch.labels is None else {"needles": True}
+
+
+def _wanted(stage: Stage, batch: Batch) -> torch.Tensor:
+    # Position t predicts token t + 1; the KL of plain text can use the last position too.
+    return batch.wanted(shifted=cross_entropy_share(stage) > 0 or batch.labels is not None)
+
+
+def _learn(
+    trainee: Trainee,
+    accelerator: Any,
+    teacher: Teacher,
+    stage: Stage,
+    head: Head,
+    batch: Batch,
+    count: int,
+) -> float:
+    """Backward the loss of a micro-batch, as its part of a mean over `count` tokens; return it."""
+    share, wanted = cross_entropy_share(stage), _wanted(stage, batch)
+    rows = wanted != IGNORED  # [B, T]
     target, lower = teacher.hidden(batch) if share < 1 else (None, None)
     chunk = {"chunk_tokens": stage.chunk_tokens, "count": count}
     with starting_from(trainee, lower), recomputed(trainee.upper_layers(), stage.recompute):
@@ -88,7 +119,7 @@ def end_to_end(
             raise TrainingError(f"the loss is {value}: {_first_bad(trainee, batch)}")
         if loss.requires_grad:
             accelerator.backward(loss)
-    return value, {} if batch.labels is None else {"needles": True}
+    return value
 
 
 def shared_head(student: Any, teacher: Any, batch: Batch) -> Head:

@@ -49,6 +49,7 @@ def check(stages: Sequence[Stage]) -> None:
             "tokens": (s.tokens >= 1, "at least 1"),
             "seq_len": (s.seq_len >= 2, "at least 2"),
             "batch_size": (s.batch_size >= 1, "at least 1"),
+            "micro_batch": (s.micro_batch is None or s.micro_batch >= 1, "at least 1"),
             "chunk_tokens": (s.chunk_tokens >= 1, "at least 1"),
             "save_every": (s.save_every >= 1, "at least 1"),
             "lr": (s.lr >= 0, "0 or more"),

@@ -298,7 +298,9 @@ def with_stages(recipe: Recipe, text: str, sets: list[str]) -> Recipe:
         name, _, tokens = part.partition("=")
         if not tokens:
             raise RecipeError(f"--stages {escape(part)!r}: give tokens, such as {escape(name)}=1M.")
-        stages.append({"loss": name.strip(), "tokens": tokens.strip()})
+        asked = tokens.strip()
+        count = int(asked) if asked.isdecimal() else asked
+        stages.append({"loss": name.strip(), "tokens": count})
     raw = {**strict.plain(recipe), "distill": stages}
     keys = dict.fromkeys((text.partition("=")[0].strip() for text in sets), 0)
     return schema.from_data(schema.apply_sets(raw, sets), "command line", keys)

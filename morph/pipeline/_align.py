@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,6 +281,28 @@ def _aligned(
 def stem(source: Source, layer: int) -> str:
     """Return the name of a layer's attention in a causal LM."""
     return f"model.{source.family.layers}.{layer}.{source.family.attention}"
+
+
+def complete(source: Source, mixers: Sequence[Mixer]) -> list[Mixer]:
+    """Return the mixers with all their options; refuse doubles, and what is no replacement."""
+    from morph import surgery
+
+    shape, found = source.geometry, []
+    if not shape.candidates:
+        raise UsageError("no layer of this model attends to everything: there is none to replace.")
+    heads = tuple(range(shape.num_attention_heads))
+    for mixer in mixers:
+        if mixer.name == "full":
+            raise UsageError("--mixer full: that is the source's own attention; nothing to align.")
+        group = planning.HeadGroup(mixer=mixer.name, heads=heads, options=mixer.options)
+        options, _ = surgery.group_cost(group, shape, shape.candidates[0])
+        made = replace(mixer, options=options)
+        if made in found:
+            raise UsageError(
+                f"--mixer {escape(mixer.name)}: named twice with the same options; name it once."
+            )
+        found.append(made)
+    return found
 
 
 def refuse_untrained(source: Source, mixers: Sequence[Mixer], stage: Stage) -> None:

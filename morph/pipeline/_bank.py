@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morph import checkpoint, strict
-from morph import plan as planning
 from morph.checkpoint._format import MAX_JSON, check_basename, dtype_code, encode_header, read_small
 from morph.errors import (
     CheckpointError,
@@ -116,27 +115,6 @@ def spelled(mixer: str, options: Mapping[str, Any]) -> str:
     return f"{mixer}:{told}" if told else mixer
 
 
-def complete(source: Source, mixers: Sequence[Mixer]) -> list[Mixer]:
-    """Return the mixers with all their options; refuse doubles, and what is no replacement."""
-    from morph import surgery
-
-    shape, found = source.geometry, []
-    if not shape.candidates:
-        raise UsageError("no layer of this model attends to everything: there is none to replace.")
-    heads = tuple(range(shape.num_attention_heads))
-    for mixer in mixers:
-        if mixer.name == "full":
-            raise UsageError("--mixer full: that is the source's own attention; nothing to align.")
-        group = planning.HeadGroup(mixer=mixer.name, heads=heads, options=mixer.options)
-        options, _ = surgery.group_cost(group, shape, shape.candidates[0])
-        made = replace(mixer, options=options)
-        if made in found:
-            given = spelled(mixer.name, mixer.options)
-            raise UsageError(f"--mixer {escape(given)}: named twice; name it once.")
-        found.append(made)
-    return found
-
-
 # --- Aligning -----------------------------------------------------------------------------------
 
 
@@ -153,9 +131,6 @@ def align_command(
 
     The recipe has one stage, `align`. State lives beside `out`; the same command goes on from it.
     """
-    from morph import distill as distillation
-
-    (stage,) = recipe.distill
     if replace(recipe.mixer, calibrate=Mixer().calibrate) != Mixer():
         raise UsageError(
             "--set mixer...: here options go behind the name, such as --mixer sliding:window=64; "
@@ -164,43 +139,11 @@ def align_command(
     given = parse(mixers, recipe.mixer.calibrate)
     source = open_source(recipe.model, recipe.family)
     refuse_hybrid(source, "align")
-    asked = complete(source, given)
+    asked = _align.complete(source, given)
     checkpoint.check_output(out, [source.path], force)
-    _align.refuse_untrained(source, asked, stage)
-    corpus = _data.corpus(recipe.data, source.tokenizer(), seed=recipe.seed)
-    if len(corpus.train) < 2:
-        raise DataError(f"the text has {len(corpus.train)} tokens to train on; give more text.")
-    refuse_nonfinite(source)
-    distillation.check_epochs(recipe.distill, len(corpus.train), recipe.data.epochs)
-    model = source.model(recipe.dtype)
-    hybrids = _align.started(source, model, asked, corpus, say)
-    ids = _measured_on(corpus)
-    before = _errors(hybrids, model, ids)
-
-    def told(event: Event) -> None:
-        if event.kind == "note":
-            say(event.text)
-        elif progress is not None:
-            progress(event)
-
+    _align.refuse_untrained(source, asked, recipe.distill[0])
     work = out.with_name(out.name + ".distill")
-    settings = replace(recipe.training, probe_every=0, recall_target=None)
-    common: dict[str, Any] = {"seed": recipe.seed, "training": settings, "progress": told}
-    say(f"aligning {len(asked)} mixers in {len(before[0])} layers ({stage.tokens:,} tokens)")
-    found, log = _align.together(source, hybrids, asked, model, stage, corpus, out=work, **common)
-    after = _errors(hybrids, model, ids)
-    bank = Bank(
-        source=source.path.name,
-        sha256=source.checkpoint.fingerprint,
-        text_sha256=corpus.sha256,
-        seed=recipe.seed,
-        calibrate=recipe.mixer.calibrate,
-        stage=strict.plain(stage),
-        mixers=tuple(
-            Entry(mixer=m.name, options=m.options, file=f"{n}.safetensors", before=b, after=a)
-            for m, n, b, a in zip(asked, _align.labels(asked), before, after)
-        ),
-    )
+    bank, found, tokens = _aligned(recipe, source, asked, work, say, progress)
     write(bank, found, out, source, force)
     say(f"{work} holds the training log and the state to resume from; it may be deleted")
     rows = [
@@ -214,7 +157,57 @@ def align_command(
         }
         for m, e in zip(given, bank.mixers)
     ]
-    return {"wrote": str(out), "tokens": log.tokens, "mixers": rows}
+    return {"wrote": str(out), "tokens": tokens, "mixers": rows}
+
+
+def _aligned(
+    recipe: Recipe,
+    source: Source,
+    mixers: Sequence[Mixer],
+    work: Path,
+    say: Say,
+    progress: Callable[[Any], None] | None,
+) -> tuple[Bank, list[dict[str, torch.Tensor]], int]:
+    """Return the bank of a model, its tensors, and how many tokens it took."""
+    from morph import distill as distillation
+
+    (stage,) = recipe.distill
+    corpus = _data.corpus(recipe.data, source.tokenizer(), seed=recipe.seed)
+    if len(corpus.train) < 2:
+        raise DataError(f"the text has {len(corpus.train)} tokens to train on; give more text.")
+    distillation.check_epochs(recipe.distill, len(corpus.train), recipe.data.epochs)
+    refuse_nonfinite(source)
+    model = source.model(recipe.dtype)
+    hybrids = _align.started(source, model, mixers, corpus, say)
+    ids = _measured_on(corpus)
+    before = _errors(hybrids, model, ids)
+
+    def told(event: Event) -> None:
+        if event.kind == "note":
+            say(event.text)
+        elif progress is not None:
+            progress(event)
+
+    settings = replace(recipe.training, probe_every=0, recall_target=None)
+    common: dict[str, Any] = {"seed": recipe.seed, "training": settings, "progress": told}
+    say(f"aligning {len(mixers)} mixers in {len(before[0])} layers ({stage.tokens:,} tokens)")
+    found, log = _align.together(source, hybrids, mixers, model, stage, corpus, out=work, **common)
+    entries = [
+        Entry(mixer=m.name, options=m.options, file=f"{n}.safetensors", before=b, after=a)
+        for m, n, b, a in zip(
+            mixers, _align.labels(mixers), before, _errors(hybrids, model, ids), strict=True
+        )
+    ]
+    bank = Bank(
+        source=source.path.name,
+        sha256=source.checkpoint.fingerprint,
+        text_sha256=corpus.sha256,
+        seed=recipe.seed,
+        calibrate=recipe.mixer.calibrate,
+        stage=strict.plain(stage),
+        mixers=tuple(entries),
+    )
+    return bank, found, log.tokens
 
 
 def _measured_on(corpus: _data.Corpus) -> torch.Tensor:

@@ -51,7 +51,7 @@ def _check_results(
 def corpus_of(recipe: Recipe, source: Source, root: Path | None = None) -> _data.Corpus | None:
     if not recipe.data.text:
         return None
-    return _data.corpus(recipe.data, source.tokenizer(), root)
+    return _data.corpus(recipe.data, source.tokenizer(), root, seed=recipe.seed)
 
 
 def score_command(

@@ -121,7 +121,7 @@ def compare(
     recipe = replace(recipe, select=section)
     _refuse(source, section, found, budgets)
     tokenizer = source.tokenizer()
-    corpus = _data.corpus(recipe.data, tokenizer)
+    corpus = _data.corpus(recipe.data, tokenizer, seed=recipe.seed)
     ask = questions or _questions
     batches, held_out = (
         ask(section, corpus, tokenizer, *which)

@@ -25,7 +25,7 @@ def compare(recipe: Recipe, model: str, against: str | None, *, say: Say = quiet
 
     if against is None:
         alone = _alone(model, recipe.family)
-        corpus = _data.corpus(recipe.data, alone.tokenizer())
+        corpus = _data.corpus(recipe.data, alone.tokenizer(), seed=recipe.seed)
         plan = None
         if (alone.path / "morph.json").is_file():
             plan = plan_of_folder(alone.path)
@@ -40,7 +40,7 @@ def compare(recipe: Recipe, model: str, against: str | None, *, say: Say = quiet
     source = open_source(against, recipe.family)
     given = checkpoint.Checkpoint.open(checkpoint.resolve(model), strict=False)
     plan = plan_of_folder(given.path, source)
-    corpus = _data.corpus(recipe.data, source.tokenizer())
+    corpus = _data.corpus(recipe.data, source.tokenizer(), seed=recipe.seed)
     return beside(recipe, source, plan, given, corpus, say=say)
 
 

@@ -97,7 +97,8 @@ class Stage:
     `loss` align: each new mixer regresses its layer's teacher output. logits: KL to the teacher.
     long: cross-entropy, meant for long sequences. `tokens` is the budget; a recipe may give
     `share` instead, of `training.tokens`. `kl` is the direction: forward is KL(teacher || student).
-    `cross_entropy` is the share of next-token cross-entropy in the loss, the rest being KL; None is
+    `micro_batch` are the rows computed at once, where a step's `batch_size` (all rows, of all
+    processes) is more than memory holds. `cross_entropy` is the share of next-token cross-entropy in the loss, the rest being KL; None is
     0 for logits and 1 for long. `train` new: the mixers' own parameters; attention: also the
     projections of converted layers; all: everything; lora: the mixers' own, and low-rank updates
     (`lora_rank`, `lora_alpha`) of those projections, merged at the end of the stage. `lr` is the
@@ -112,6 +113,7 @@ class Stage:
     tokens: int
     seq_len: int = 512
     batch_size: int = 4
+    micro_batch: int | None = None
     train: Literal["new", "attention", "all", "lora"] = "attention"
     lr: float = 1e-3
     gate_lr: float = 1e-2
