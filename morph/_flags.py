@@ -29,7 +29,9 @@ FamilyOption = Annotated[
 ]
 Texts = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="FILE", help="Text: .txt, .json or .jsonl. Repeatable."),
+    typer.Option(
+        "--data", metavar="FILE", help="Text: .txt, .jsonl, .parquet, hub:NAME. Repeatable."
+    ),
 ]
 Selector = Annotated[
     str | None,

@@ -337,7 +337,9 @@ def align(
     mixers: Annotated[
         list[str] | None,
         typer.Option(
-            "--mixer", metavar="NAME[:KEY=VALUE,...]", help="What to align to. Repeatable."
+            "--mixer",
+            metavar="NAME",
+            help="What to align to; NAME:KEY=VALUE,... with options. Repeatable.",
         ),
     ] = None,
     data: Texts = None,

@@ -127,8 +127,8 @@ def digest(model: Any) -> str:
 @contextlib.contextmanager
 def watched(job: Job, rank: int, told: dict[str, Any]) -> Iterator[None]:
     """Stop or end a job where it says so; note how its weights are split, and who saves."""
-    inner_step, inner_begin, inner_save = Trainee.step, Trainee.begin, states.save_file
-    steps = [0]
+    inner_step, inner_begin, inner_clip = Trainee.step, Trainee.begin, Trainee.clip
+    inner_save, steps = states.save_file, [0]
 
     def step(trainee: Any, factor: float) -> None:
         inner_step(trainee, factor)
@@ -137,8 +137,11 @@ def watched(job: Job, rank: int, told: dict[str, Any]) -> Iterator[None]:
             raise Stop
         if steps[0] == job.get("ctrl_c"):
             signal.raise_signal(signal.SIGINT)
-        if [rank, steps[0]] == job.get("die"):
+
+    def clip(*arguments: Any) -> float:
+        if [rank, steps[0]] == job.get("die"):  # while the others wait for its gradients
             os._exit(3)
+        return inner_clip(*arguments)
 
     def begin(trainee: Any, stage: Stage, *rest: Any) -> None:
         inner_begin(trainee, stage, *rest)
@@ -152,6 +155,7 @@ def watched(job: Job, rank: int, told: dict[str, Any]) -> Iterator[None]:
         for owner, name, new in (
             (Trainee, "step", step),
             (Trainee, "begin", begin),
+            (Trainee, "clip", clip),
             (states, "save_file", save),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))

@@ -271,9 +271,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(place: Place, here: Path) -> No
 
 
 def test_a_state_of_other_mixers_is_refused(place: Place, here: Path) -> None:
-    good(*align(place.root, here / "b", mixers=("sliding:window=8",)))
+    good(*align(place.root, here / "b", mixers=("decay", "sliding:window=8")))
     shutil.rmtree(here / "b")
-    found = morph(*align(place.root, here / "b", mixers=("sliding:window=9",)))
+    found = morph(*align(place.root, here / "b", mixers=("decay", "sliding:window=9")))
     assert found.code == 4 and "b.distill" in found.err
 
 

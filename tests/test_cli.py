@@ -23,7 +23,8 @@ from morph import cli, registry
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = (
-    *("list", "show", "env", "inspect", "check", "score", "plan", "compare", "convert"),
+    *("list", "show", "env", "inspect", "check", "score", "plan", "compare", "align"),
+    "convert",
     *("distill", "evaluate", "verify", "run"),
 )
 # Every flag there is. A new one needs a reason: could it be a value for --set instead?
@@ -38,8 +39,9 @@ FLAGS = {
     "plan": "model budget mixer keep replace data no-swaps out export seed set force json",
     "compare": "selectors budgets granularity mixer data seeds max-sets no-swaps out family seed"
     " dtype set force json",
-    "convert": "plan selector budget mixer granularity keep replace data target with-code no-swaps"
-    " family seed dtype set force dry-run json",
+    "align": "mixer data tokens family seed dtype set force json",
+    "convert": "plan aligned selector budget mixer granularity keep replace data target with-code"
+    " no-swaps family seed dtype set force dry-run json",
     "distill": "teacher out data stages target seed set force dry-run json",
     "evaluate": "against data out seed set force json",
     "verify": "against json",

@@ -11,10 +11,10 @@ from torch import nn
 from morph.distill._batches import IGNORED, Batch
 from morph.distill._losses import Head, check_head, head_cross_entropy, head_kl, relative_mse
 from morph.distill._recompute import recomputed
-from morph.distill._stages import cross_entropy_share
 from morph.distill._teacher import Teacher, first_of, starting_from
 from morph.distill._trainee import Trainee, candidates
 from morph.errors import DataError, MismatchError, TrainingError
+from morph.recipes._rules import cross_entropy_share
 from morph.recipes.schema import Stage
 
 

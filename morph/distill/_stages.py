@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from morph.errors import RecipeError
+from morph.recipes._rules import cross_entropy_share
 from morph.recipes.schema import Stage
 
 
@@ -33,13 +34,6 @@ def learning_rate_factor(stage: Stage, step: int) -> float:
 def is_needle_step(stage: Stage, step: int) -> bool:
     """Return whether `step` takes a needle batch: evenly spread, `needles` of all steps."""
     return math.floor((step + 1) * stage.needles) > math.floor(step * stage.needles)
-
-
-def cross_entropy_share(stage: Stage) -> float:
-    """Return the share of next-token cross-entropy in an end-to-end loss."""
-    if stage.cross_entropy is None:
-        return 1.0 if stage.loss == "long" else 0.0
-    return stage.cross_entropy
 
 
 def check(stages: Sequence[Stage]) -> None:

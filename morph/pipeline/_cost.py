@@ -332,7 +332,8 @@ class _Work:
             trained += sizes.head  # the embedding; the head never trains
         per_weight = stored + 4 + 8 + (4 if stored == 2 else 0)
         total = stored * (sizes.total + sum(map(self._own, self.layers))) + per_weight * trained
-        tokens, width = stage.batch_size * stage.seq_len, sizes.geometry.hidden_size
+        tokens = (stage.micro_batch or stage.batch_size) * stage.seq_len
+        width = sizes.geometry.hidden_size
         heads = sizes.geometry.num_attention_heads
         mixed = 2 * heads * (sizes.geometry.head_dim + sizes.geometry.v_head_dim)
         attention, mlp = 4 * width + mixed, 2 * width + 4 * sizes.intermediate

@@ -63,10 +63,15 @@ def _part(share: float, whole: int, index: int) -> int:
     return found
 
 
+def cross_entropy_share(stage: Any) -> float:
+    """Return the share of next-token cross-entropy in the loss of a `logits` or `long` stage."""
+    default = 1.0 if stage.loss == "long" else 0.0
+    return float(default if stage.cross_entropy is None else stage.cross_entropy)
+
+
 def kl_share(stage: Any) -> float:
     """Return the share of the KL to the teacher in the loss of a `logits` or `long` stage."""
-    default = 1.0 if stage.loss == "long" else 0.0
-    return 1.0 - float(default if stage.cross_entropy is None else stage.cross_entropy)
+    return 1.0 - cross_entropy_share(stage)
 
 
 def together(recipe: Any) -> None:

@@ -96,13 +96,16 @@ class Stage:
 
     `loss` align: each new mixer regresses its layer's teacher output. logits: KL to the teacher.
     long: cross-entropy, meant for long sequences. `tokens` is the budget; a recipe may give
-    `share` instead, of `training.tokens`. `kl` is the direction: forward is KL(teacher || student).
-    `micro_batch` are the rows computed at once, where a step's `batch_size` (all rows, of all
-    processes) is more than memory holds. `cross_entropy` is the share of next-token cross-entropy in the loss, the rest being KL; None is
-    0 for logits and 1 for long. `train` new: the mixers' own parameters; attention: also the
-    projections of converted layers; all: everything; lora: the mixers' own, and low-rank updates
-    (`lora_rank`, `lora_alpha`) of those projections, merged at the end of the stage. `lr` is the
-    peak learning rate, `gate_lr` that of gates, decays and gains (which never get weight decay).
+    `share` instead, of `training.tokens`. A step has `batch_size` rows, over all processes;
+    `micro_batch` are the rows of one process that are computed at once, None: all.
+
+    `train` new: the mixers' own parameters; attention: also the projections of converted layers;
+    all: everything; lora: the mixers' own, and low-rank updates (`lora_rank`, `lora_alpha`) of
+    those projections, merged at the end of the stage. `lr` is the peak learning rate, `gate_lr`
+    that of gates, decays and gains, which never get weight decay.
+
+    `kl` is the direction: forward is KL(teacher || student). `cross_entropy` is the share of
+    next-token cross-entropy in the loss, the rest being KL; None is 0 for logits and 1 for long.
     `needles` is the share of batches made of needle tasks instead of plain text. `rows` windows:
     pieces of the text as it runs on; documents: whole documents packed, each mixed on its own.
     `recompute` keeps fewer activations: those of every layer, or of its MLP, are made again on the
