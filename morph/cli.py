@@ -42,7 +42,8 @@ from morph._flags import (
     parser,
     refuse_choices,
 )
-from morph.errors import Interrupted, MorphError, StorageError
+from morph._processes import world
+from morph.errors import Interrupted, MorphError, StorageError, UsageError
 
 app = typer.Typer(
     name="morph",
@@ -486,8 +487,9 @@ def distill(
         found = pipeline.distill_command(
             recipe, hybrid, out, target=target, force=force, say=terminal.say, progress=progress
         )
-    terminal.emit(found, as_json, terminal.written)
-    terminal.next_command(_next.after_convert(recipe, out))
+    if found is not None:  # of several processes, the first writes
+        terminal.emit(found, as_json, terminal.written)
+        terminal.next_command(_next.after_convert(recipe, out))
 
 
 @app.command()
@@ -593,12 +595,22 @@ def _call(arguments: list[str]) -> int:
             name = next((a for a in arguments if a in command.commands), None)
             if name is not None:
                 given_once(command.commands[name], arguments)
+                _refuse_several(name, arguments)
             command.invoke(context)
     except typer.Exit as done:
         return int(done.exit_code)
     if "--dry-run" in arguments:
         terminal.next_command([a for a in arguments if a != "--dry-run"])
     return 0
+
+
+def _refuse_several(name: str, arguments: list[str]) -> None:
+    """Raise UsageError for a command that several processes would each do whole."""
+    if world() > 1 and (name != "distill" or "--dry-run" in arguments):
+        raise UsageError(
+            f"morph {name} runs in one process; {world()} were started and would do the same in "
+            "each. Start several for `morph distill` only."
+        )
 
 
 def _guarded(call: Callable[[], int]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from morph import registry
+from morph._processes import rank, world
 from morph._progress import measuring as measuring
 from morph._progress import training as training
 from morph.errors import MorphError, UnknownName, escape, nearest
@@ -28,12 +29,15 @@ def _console() -> Any:
 
 
 def say(message: str) -> None:
-    """Print one line to stderr, control characters made visible."""
-    print(escape(message, 2000), file=sys.stderr, flush=True)
+    """Print one line to stderr, control characters made visible; of many processes, one does."""
+    if rank() == 0:
+        print(escape(message, 2000), file=sys.stderr, flush=True)
 
 
 def next_command(arguments: Sequence[str]) -> None:
     """Print the command that goes on from here, quoted for a shell. It is the last line."""
+    if rank():
+        return
     sys.stdout.flush()
     print(f"next: {_quoted(['morph', *arguments])}", file=sys.stderr, flush=True)
 
@@ -54,7 +58,8 @@ def fail(error: MorphError) -> int:
     red, plain = ("\033[31m", "\033[0m") if _colour() else ("", "")
     text = escape(" ".join(str(error).split("\n")) or type(error).__name__, 4000)
     sys.stdout.flush()
-    print(f"{red}error:{plain} {text}", file=sys.stderr, flush=True)
+    where = f" (process {rank()} of {world()})" if world() > 1 else ""
+    print(f"{red}error:{plain}{where} {text}", file=sys.stderr, flush=True)
     return error.exit_code
 
 

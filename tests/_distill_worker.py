@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -81,6 +82,11 @@ def run(job: Job) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", "0"))
     out = Path(job["out"] + str(rank) * job.get("apart", False))
     teacher, student = models(job)
+    training = dict(job.get("training", {}))
+    if "cache" in job:  # each process has its own
+        training["teacher_cache"] = job["cache"] + str(rank)
+        if job.get("forgets") == rank:
+            shutil.rmtree(training["teacher_cache"])
     before, places = digest(teacher), [p.data_ptr() for p in teacher.parameters()]
     told: dict[str, Any] = {"rank": rank, "error": None, "events": [], "share": {}, "saves": 0}
 
@@ -98,7 +104,7 @@ def run(job: Job) -> dict[str, Any]:
                 seed=1,
                 needles=rows("needles"),
                 progress=lambda event: told["events"].append(event.kind),
-                training=Training(**job.get("training", {})),
+                training=Training(**training),
             )
             told |= {"records": log.records, "notes": log.notes, "trained": log.trained}
         except Stop:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,4 +174,36 @@ def test_a_changed_setting_does_not_resume_another_run(tiny, tmp_path):
     assert code == 4
     assert "another run" in told and "lr" in told
     code, told = distilled(tiny, out, "--force")
+    assert code == 0, told
+
+
+@pytest.mark.parametrize("command", ["evaluate", "run", "score"])
+def test_other_commands_run_in_one_process(command, tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, told = morph(command, tiny / "model")
+    assert code == 2
+    assert "error: (process 1 of 2)" in told and "runs in one process" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_write_one_whole_checkpoint(shard, tiny, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "morph"]
+    arguments = [
+        "distill", tiny / "hybrid", "--teacher", tiny / "model", "--data", tiny / "text.txt",
+        "--out", tmp_path / "out", "--stages", "align=512,logits=512",
+        "--set", "distill.align.seq_len=64", "--set", "distill.logits.seq_len=64",
+        "--set", f"training.shard={str(shard).lower()}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*launch, *map(str, arguments)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote") == 1
+    assert len(records(tmp_path / "out")) == 4
+    code, told = morph("verify", tmp_path / "out", "--against", tiny / "model")
     assert code == 0, told

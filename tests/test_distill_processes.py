@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,44 @@ def test_a_process_that_dies_ends_all_and_leaves_the_last_state(two: Done) -> No
     assert_bits(two.state("dies", 7), two.state("whole", 7))
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """No accelerate state of other tests, and none for them."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_mixed_precision_is_near_float32_and_keeps_float32_weights(tmp_path: Path) -> None:
+    """Twice in one process, which accelerate allows one precision."""
+    plain = {"stages": [STAGES[0], {**STAGES[1], "needles": 0.0}, STAGES[2]], "rows": "packed"}
+    mixed = {**plain, "training": {"mixed_precision": "bf16"}}
+    stopped = {**mixed, "stop": 8}
+    jobs = {"plain": plain, "mixed": mixed, "again.stopped": stopped, "again": mixed}
+    done = run_here(tmp_path, jobs)
+    losses = [[r["loss"] for r in done.told(name)["records"]] for name in ("mixed", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+    assert {t.dtype for t in done.weights("mixed").values()} == {torch.float32}
+    assert done.told("again.stopped")["error"] == "Stop"
+    assert_bits(done.weights("again"), done.weights("mixed"))
+    assert done.told("again")["records"] == done.told("mixed")["records"]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_an_accelerator_of_another_precision_is_left_alone(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    theirs = Accelerator(mixed_precision="no")
+    job = {"stages": STAGES[:1], "training": {"mixed_precision": "bf16"}}
+    error = run_here(tmp_path, {"mixed": job}).told("mixed")["error"]
+    assert error.startswith("UsageError") and "pass distill that `accelerator`" in error
+    assert theirs.mixed_precision == "no"
+
+
 # --- more, which takes longer -------------------------------------------------------------------
 
 MORE: dict[str, dict[str, Any]] = {
@@ -304,3 +343,15 @@ def test_a_run_goes_on_where_a_process_died(two: Done, tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     assert "resuming after 7 steps" in two.told("dies")["notes"][0]
     assert_bits(two.weights("dies"), two.weights("whole"))
+
+
+@pytest.mark.slow
+def test_a_cache_that_one_process_has_lost_is_no_deadlock(tmp_path: Path) -> None:
+    """A split teacher computes in all processes or in none."""
+    job = {"stages": STAGES[1:2], "cache": str(tmp_path / "cache-"), "training": SPLIT}
+    jobs = {"filled": job, "kept": job, "lost": {**job, "forgets": 1}}
+    process = launch(tmp_path, jobs)
+    assert process.returncode == 0, process.stderr
+    done = Done(tmp_path)
+    for name in ("kept", "lost"):
+        assert_bits(done.weights(name), done.weights("filled"))

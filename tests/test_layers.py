@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "morph"
 
 FLOORS = {
-    "errors": 0, "strict": 0, "_autoload": 0,
+    "errors": 0, "strict": 0, "_autoload": 0, "_processes": 0,
     "registry": 1, "plan": 1, "selection": 1, "recipes": 1, "exchange": 1,
     "kernels": 2,
     "families": 3, "cache": 3, "documents": 3, "data": 3, "passkeys": 3, "evaluation": 3,

@@ -75,7 +75,8 @@ class Log:
 
     path: Path
     records: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of this process
+    remarks: tuple[str, ...] = ()  # notes that follow from the run, in however many processes
     tokens: int = 0
     seconds: float = 0.0  # of this process only
     trained: tuple[str, ...] = ()  # parameters that the run has trained, in copies of their own
@@ -95,6 +96,7 @@ class _Position:
     tokens: int = 0
     lines: int = 0  # of the log
     watch: dict[str, Any] = field(default_factory=dict)  # what watching has seen of this stage
+    remarks: list[str] = field(default_factory=list)
 
 
 def distill(
@@ -154,6 +156,7 @@ def distill(
         finally:
             trainee.close()
             run.close()
+    run.log.remarks = tuple(run.position.remarks)
     run.log.tokens, run.log.trained = run.position.tokens, tuple(sorted(trainee.touched))
     return run.log
 
@@ -204,7 +207,7 @@ class _Run:
             folder = Path(training.teacher_cache).expanduser()
             cache = HiddenCache(folder, trainee.source, accelerator.mixed_precision, self.note)
         self.targets = Teacher(trainee, accelerator, cache)
-        self.watch = _watch.Watch(training, stages, probe and self._probe(probe), self.note)
+        self.watch = _watch.Watch(training, stages, probe and self._probe(probe), self.remark)
         self.track = open_trackers(training.trackers, out, accelerator, settings, self.note)
 
     # --- one stage, top to bottom ---------------------------------------------------------------
@@ -217,7 +220,7 @@ class _Run:
             why = "no layer is converted."
             if self.trainee.layers:
                 why = f"`train: {stage.train}` names nothing; these mixers have no parameters."
-            self.note(f"stage {at.stage} ({stage.loss}) is skipped: {why}")
+            self.remark(f"stage {at.stage} ({stage.loss}) is skipped: {why}")
             self.total -= estimate([stage])[0]
             at.stage, at.step = at.stage + 1, 0
             return
@@ -250,11 +253,12 @@ class _Run:
                 now = time.perf_counter()
                 self._write({**record, **extra, **seen}, now - clock)
             self.log.seconds, clock = self.log.seconds + now - clock, now
+            if over and step + 1 < steps:
+                self._stop_early(index, step + 1, steps)
             if (step + 1) % stage.save_every == 0 or over:
                 self.save()
             self._report(record | seen, steps, (at.tokens - first) / max(now - begun, 1e-9))
-            if over and step + 1 < steps:
-                self._stop_early(index, step + 1, steps)
+            if over:
                 break
 
     def _head(self, batch: Batch) -> Head:
@@ -283,7 +287,7 @@ class _Run:
     def _stop_early(self, index: int, done: int, steps: int) -> None:
         stage = self.stages[index]
         self.total -= (steps - done) * stage.batch_size * stage.seq_len
-        self.note(
+        self.remark(
             f"stage {index} ({stage.loss}) ends after step {done} of {steps}: the recall that "
             f"training.recall_target ({self.training.recall_target}) asks for is reached."
         )
@@ -418,6 +422,11 @@ class _Run:
         """Remember a remark and tell it."""
         self.log.notes.append(text)
         self._tell(Event(kind="note", text=text, total_tokens=self.total))
+
+    def remark(self, text: str) -> None:
+        """Note what an unbroken run would have noted too."""
+        self.position.remarks.append(text)
+        self.note(text)
 
     def _tell(self, event: Event) -> None:
         if self.progress is not None and self.accelerator.is_main_process:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from morph import checkpoint, registry
 from morph import plan as planning
+from morph._processes import rank
 from morph.errors import MismatchError, RecipeError, UsageError, escape, nearest
 from morph.pipeline import _bank, _data, _select
 from morph.pipeline._bank import align_command
@@ -315,8 +316,12 @@ def distill_command(
     force: bool = False,
     say: Say = quiet,
     progress: Callable[[Any], None] | None = None,
-) -> dict[str, Any]:
-    """Distil a written hybrid from its source and write the result; state lives beside `out`."""
+) -> dict[str, Any] | None:
+    """Distil a written hybrid from its source and write the result; state lives beside `out`.
+
+    Several processes, as torchrun starts them, train together; the first one writes and tells, the
+    others return None.
+    """
     from morph.pipeline import _convert, _train
 
     _check_target(target)
@@ -333,6 +338,8 @@ def distill_command(
     log = _train.distill(
         recipe, student, teacher, corpus, source.tokenizer(), work, say=say, progress=progress
     )
+    if rank():
+        return None
     written = _convert.convert(
         source,
         made,
