@@ -25,8 +25,9 @@ from morph.distill._batches import (
     needle_batches,
     text_batches,
 )
-from morph.distill._loop import Event, Log, distill
+from morph.distill._loop import distill
 from morph.distill._losses import Head, head_cross_entropy, head_kl, relative_mse
+from morph.distill._record import Event, Log
 from morph.distill._stages import check, estimate, learning_rate_factor, steps_of
 from morph.distill._trainee import Candidates
 

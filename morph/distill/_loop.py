@@ -7,15 +7,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from morph import strict
 from morph.distill import _watch
+from morph.distill._admission import accelerator_for, refuse
 from morph.distill._batches import Batch, Source, StageBatches
 from morph.distill._losses import Head
 from morph.distill._objectives import align, end_to_end, shared_head
@@ -27,76 +28,19 @@ from morph.distill._process import (
     set_random_state,
     uninterrupted,
 )
+from morph.distill._record import Event, Log, Position
 from morph.distill._stages import check, estimate, learning_rate_factor, steps_of
 from morph.distill._states import RunStates, keep_lines, storage
 from morph.distill._teacher import HiddenCache, Teacher
 from morph.distill._trackers import open_trackers
-from morph.distill._trainee import Candidates, Trainee
+from morph.distill._trainee import Trainee
 from morph.errors import (
     Interrupted,
     MismatchError,
-    RecipeError,
     TrainingError,
-    UnsupportedModel,
-    UsageError,
 )
 from morph.mixers._hybrid import HybridAttention
 from morph.recipes.schema import Stage, Training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What a progress callback is told.
-
-    `step`: `step` of `steps` of this stage is done. `saved`: the state is on disk. `note`: `text`
-    says something in words. `tokens` of `total_tokens` are those of the whole run; rate and
-    `eta_seconds` (all remaining stages at this stage's rate) count from where this process began.
-    `recall` is that of the last probe, if there was one.
-    """
-
-    kind: Literal["step", "saved", "note"]
-    text: str = ""
-    stage: int = 0
-    name: str = ""
-    step: int = 0
-    steps: int = 0
-    loss: float = math.nan
-    lr: float = 0.0
-    tokens: int = 0
-    total_tokens: int = 0
-    tokens_per_second: float = 0.0
-    eta_seconds: float = math.nan
-    recall: float = math.nan
-
-
-@dataclass(kw_only=True)
-class Log:
-    """What a run did: one record per step, as in `log.jsonl`, and the notes."""
-
-    path: Path
-    records: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # of this process
-    remarks: tuple[str, ...] = ()  # notes that follow from the run, in however many processes
-    tokens: int = 0
-    seconds: float = 0.0  # of this process only
-    trained: tuple[str, ...] = ()  # parameters that the run has trained, in copies of their own
-
-    def losses(self, stage: int) -> list[float]:
-        """Return the losses of one stage, step by step."""
-        return [r["loss"] for r in self.records if r["stage"] == stage]
-
-
-@dataclass(kw_only=True)
-class _Position:
-    """How far a run is: the next step of the next stage."""
-
-    stage: int = 0
-    step: int = 0
-    ordinal: int = 0  # steps of all stages
-    tokens: int = 0
-    lines: int = 0  # of the log
-    watch: dict[str, Any] = field(default_factory=dict)  # what watching has seen of this stage
-    remarks: list[str] = field(default_factory=list)
 
 
 def distill(
@@ -129,13 +73,13 @@ def distill(
     """
     check(stages)
     if accelerator is None:
-        accelerator = _accelerator(training.mixed_precision if training else None)
+        accelerator = accelerator_for(training.mixed_precision if training else None)
     training = training or Training()
     alone = accelerator.num_processes == 1
     shard = training.shard and not alone
     if layers is None:
         layers = {m.layer_idx: m for m in student.modules() if isinstance(m, HybridAttention)}
-    _refuse(student, teacher, stages, accelerator, needles, layers)
+    refuse(student, teacher, stages, accelerator, needles, layers)
     _watch.check(training, probe)
     trainee = Trainee(student, teacher, dict(sorted(layers.items())))
     if not shard:  # else whole weights stay where they are, and their shards go there
@@ -185,7 +129,7 @@ class _Run:
         self.batches, self.training = batches, training
         self.log = Log(path=out / "log.jsonl")
         self.recall = math.nan
-        self.position = _Position()
+        self.position = Position()
         self.random: dict[str, str] = {}
         self.total = sum(estimate(stages))
         self.loaded: dict[str, torch.Tensor] = {}
@@ -329,7 +273,7 @@ class _Run:
         found = self.states.load()
         if found:
             tensors, content = found
-            self.position = _Position(**{k: v for k, v in content.items() if k != "random"})
+            self.position = Position(**{k: v for k, v in content.items() if k != "random"})
             self.trainee.restore_weights(tensors)
             self.loaded = {k: t for k, t in tensors.items() if not k.startswith("model/")}
             self._count_skipped()
@@ -441,63 +385,3 @@ class _Run:
         kept = "no state was saved yet" if last is None else f"the state after step {last} is kept"
         stage = self.stages[self.position.stage]
         return f"{kept} in {self.out}. Lower lr ({stage.lr}) or gate_lr ({stage.gate_lr})."
-
-
-def _accelerator(precision: str | None) -> Any:
-    """Return an Accelerator; raise UsageError where this process has one of another precision."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, is_initialized
-
-    # There is one state a process, and its precision stays; an earlier run's own may go.
-    if is_initialized() and getattr(AcceleratorState(), "morph", False):
-        AcceleratorState._reset_state()
-    theirs = is_initialized()
-    try:
-        made = Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        raise UsageError(
-            f"this process uses accelerate in another way than with mixed_precision={precision}: "
-            "pass distill that `accelerator`, or use another process."
-        ) from error
-    made.state.morph = not theirs
-    return made
-
-
-def _refuse(
-    student: Any,
-    teacher: Any,
-    stages: Sequence[Stage],
-    accelerator: Any,
-    needles: Source | None,
-    layers: Mapping[int, nn.Module],
-) -> None:
-    """Raise for what cannot run before anything is touched."""
-    several = any(isinstance(layer, Candidates) for layer in layers.values())
-    if several and any(stage.loss != "align" or stage.train == "lora" for stage in stages):
-        raise UsageError(
-            "several candidates for a layer can only be aligned (without lora); choose one of them "
-            "for the other stages."
-        )
-    if student is teacher:
-        raise UsageError("student and teacher are one object; make the student with a plan.")
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        mine, theirs = getattr(student.config, key, None), getattr(teacher.config, key, None)
-        if mine != theirs:
-            raise MismatchError(f"{key} is {mine} in the student and {theirs} in the teacher.")
-    half = accelerator.mixed_precision == "fp16"
-    if half or any(p.dtype == torch.float16 for p in student.parameters()):
-        raise UnsupportedModel(
-            "gradients underflow in float16; load the model in float32 or bfloat16 to train it."
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UsageError("gradient accumulation is not supported; lower batch_size instead.")
-    for i, stage in enumerate(stages):
-        if stage.batch_size % accelerator.num_processes:
-            raise RecipeError(
-                f"distill[{i}].batch_size: {stage.batch_size} rows cannot be shared by "
-                f"{accelerator.num_processes} processes; give a multiple."
-            )
-        if stage.needles and needles is None:
-            raise RecipeError(
-                f"distill[{i}].needles: {stage.needles}, but no needle batches were given."
-            )

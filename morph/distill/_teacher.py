@@ -8,6 +8,7 @@ another run over the same batches finds them; the head turns them into the very 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,11 @@ class Teacher:
         The latter is None where no layer is shared, or the states come from the cache.
         """
         key = None if self.cache is None else self.cache.key(batch)
-        if key is not None and (found := self.cache.read(key, batch.ids.device)) is not None:
+        found = None if key is None else self.cache.read(key, batch.ids.device)
+        if key is not None and self.trainee.sharded:  # a split teacher computes in all or in none
+            mine = torch.tensor([found is not None], device=batch.ids.device)
+            found = found if bool(self.accelerator.gather(mine).all()) else None
+        if found is not None:
             return found, None
         lower: list[Any] = []
         handle = None
@@ -164,7 +169,7 @@ class HiddenCache:
     def write(self, key: str, hidden: torch.Tensor) -> None:
         """Keep hidden states; raise StorageError where the disk refuses."""
         file, kept = self._file(key), hidden.detach().to("cpu").contiguous()
-        partial = file.with_name(f".{file.name}.{hashlib.sha256(key.encode()).hexdigest()[:6]}")
+        partial = file.with_name(f".{file.name}.{os.getpid()}")  # others may make the same one
         with storage(self.folder, "give another training.teacher_cache, or none"):
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -136,4 +136,4 @@ def summary(log: Log, recipe: Recipe) -> dict[str, Any]:
         if losses:
             entry |= {"first_loss": losses[0], "last_loss": losses[-1]}
         stages.append(entry)
-    return {"stages": stages, "tokens": log.tokens, "notes": list(log.notes)}
+    return {"stages": stages, "tokens": log.tokens, "notes": list(log.remarks)}
