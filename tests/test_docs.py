@@ -37,6 +37,7 @@ NEEDS = {
 }
 COPIED = {"recalls": REPO / "examples" / "checkpoint"}  # a model that can answer questions
 FOREIGN_FLAGS = {"--model-impl"}  # vllm's
+FOREIGN_FLAGS |= {"--standalone", "--nproc", "--config", "--machine"}  # torchrun's, accelerate's
 
 
 @dataclass(frozen=True, kw_only=True)
