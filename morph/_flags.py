@@ -136,9 +136,13 @@ def as_recipe(
     seed: int = 0,
     dtype: str | None = None,
     mixer: str | None = None,
+    later: list[str] | None = None,
     **select: Any,
 ) -> Any:
-    """Return the Recipe that flags describe, `--set` applied last."""
+    """Return the Recipe that flags describe, `--set` applied last.
+
+    `later` are those that the command applies itself; they may not contradict a flag either.
+    """
     from morph.recipes import schema
 
     raw: dict[str, Any] = {"model": model, "seed": seed, "select": {}, "mixer": {}}
@@ -148,7 +152,7 @@ def as_recipe(
     if mixer:
         raw["mixer"]["name"] = mixer
     raw["select"] = {k: v for k, v in select.items() if v is not None}
-    _said_once(raw, sets or [])
+    _said_once(raw, [*(sets or []), *(later or [])])
     return schema.from_data(schema.apply_sets(raw, sets or []), "command line")
 
 

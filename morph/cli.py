@@ -358,7 +358,7 @@ def align(
     from morph import pipeline
     from morph.pipeline import _next
 
-    recipe = as_recipe(model, [], family=family, data=data, seed=seed, dtype=dtype)
+    recipe = as_recipe(model, [], later=sets, family=family, data=data, seed=seed, dtype=dtype)
     recipe = pipeline.with_stages(recipe, f"align={tokens}", sets or [])
     with terminal.training() as progress:
         found = pipeline.align_command(
@@ -479,7 +479,7 @@ def distill(
     from morph import pipeline
     from morph.pipeline import _next
 
-    recipe = as_recipe(teacher, [], data=data, seed=seed)
+    recipe = as_recipe(teacher, [], later=sets, data=data, seed=seed)
     recipe = pipeline.with_stages(recipe, stages, sets or [])
     if dry_run:
         return terminal.emit(pipeline.distill_dry_run(recipe, hybrid), as_json, terminal.pairs)

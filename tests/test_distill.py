@@ -637,6 +637,12 @@ def corrupt_bytes(folder):
     file.write_bytes(data)
 
 
+def rewrite(file, **position):
+    content = json.loads(file.read_text())
+    content["position"] |= position
+    file.write_text(json.dumps(content))
+
+
 DAMAGE = {
     "flipped-bit": corrupt_bytes,
     "truncated": lambda f: (f / "tensors.safetensors").write_bytes(b"\x08"),
@@ -644,6 +650,9 @@ DAMAGE = {
     "no-json": lambda f: (f / "state.json").unlink(),
     "bad-json": lambda f: (f / "state.json").write_text("{"),
     "other-json": lambda f: (f / "state.json").write_text("[]"),
+    "other-step": lambda f: rewrite(f / "state.json", step=1),
+    "odd-step": lambda f: rewrite(f / "state.json", step="a"),
+    "odd-key": lambda f: rewrite(f / "state.json", elsewhere=1),
 }
 
 
@@ -708,7 +717,7 @@ def test_state_of_another_start_is_refused(tmp_path):
         if not start:
             distill(student, teacher, [stage()], text_batches(TEXT, seed=5), **how)
             continue
-        with pytest.raises(MismatchError, match="state of another run: student differs"):
+        with pytest.raises(MismatchError, match="the student is not as it was when that began"):
             distill(student, teacher, [stage()], text_batches(TEXT, seed=5), **how)
 
 

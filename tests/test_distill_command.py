@@ -120,11 +120,10 @@ def test_documents_are_packed_and_the_teacher_is_kept(tiny, tmp_path):
 def test_text_that_would_be_read_too_often_is_refused(tiny, tmp_path):
     (tmp_path / "short.txt").write_text((tiny / "text.txt").read_text()[:3000])
     code, told = distilled(
-        tiny, tmp_path / "out", "--data", tmp_path / "short.txt", "--set", "data.epochs=2",
-        "--set", "distill.logits.tokens=50K",
+        tiny, tmp_path / "out", "--data", tmp_path / "short.txt", "--set", "data.epochs=0.2",
     )  # fmt: skip
     assert code == 3
-    assert "data.epochs allows 2" in told
+    assert "data.epochs allows 0.2" in told
     assert not (tmp_path / "out.distill").exists()
 
 
@@ -153,6 +152,10 @@ def test_another_tokenizer_is_refused(tiny, tmp_path):
         ("training.recall_target=0.9", 2, "probe_every"),
         ("training.probe_task=name_recall", 2, "probe_task"),
         ("training.mixed_precision=fp8", 2, "mixed_precision"),
+        ("distill.logits.tokens=1K", 2, "a flag says this already"),
+        ("model=elsewhere", 2, "a flag says this already"),
+        ("data.text=[elsewhere.txt]", 2, "a flag says this already"),
+        ("distill.logits.cross_entropy=1", 0, "wrote"),
         ("data.column=text", 0, "wrote"),
         ("distill.logits.recompute=mlp", 0, "wrote"),
         ("distill.logits.train=lora", 0, "wrote"),
@@ -184,6 +187,35 @@ def test_other_commands_run_in_one_process(command, tiny, monkeypatch):
     code, told = morph(command, tiny / "model")
     assert code == 2
     assert "error: (process 1 of 2)" in told and "runs in one process" in told
+
+
+def test_a_rank_without_a_world_is_the_first(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as schedulers set it
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    code, told = distilled(tiny, tmp_path / "out")
+    assert code == 0, told
+    assert "wrote" in told and (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--tokens", "512,logits=1K"], "one stage, align"),
+        (["--set", "distill=[]"], "one stage, align"),
+        (["--set", "distill.align.needles=0.5"], "needles"),
+        (["--set", "training.probe_every=2"], "probe_every"),
+        (["--set", "distill.align.train=lora"], "without lora"),
+        (["--set", "distill.align.recompute=layer"], "recompute"),
+        (["--set", "training.teacher_cache=here"], "teacher_cache"),
+    ],
+)
+def test_align_refuses_what_it_would_ignore(more, says, tiny, tmp_path):
+    code, told = morph(
+        "align", tiny / "model", tmp_path / "bank", "--mixer", "decay",
+        "--data", tiny / "text.txt", *more,
+    )  # fmt: skip
+    assert code == 2, told
+    assert says in told
 
 
 @pytest.mark.slow

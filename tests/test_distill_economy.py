@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
@@ -19,7 +20,15 @@ from morph.distill import (
     head_kl,
     text_batches,
 )
-from morph.errors import StorageError, UsageError
+from morph.errors import (
+    Interrupted,
+    MismatchError,
+    StorageError,
+    TrainingError,
+    UnsupportedModel,
+    UsageError,
+    VerificationFailed,
+)
 from morph.plan import uniform_plan
 from morph.recipes.schema import Stage, Training
 from morph.testing import tiny_model
@@ -446,6 +455,116 @@ def test_what_stands_in_the_padding_does_not_matter(tmp_path):
         student, log = trained(tmp_path / name, stages, batches=lambda i, s, u=used: Packed(u))
         runs.append((weights(student), [r["loss"] for r in log.records]))
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
+
+
+# --- what a resumed or a watched run must not lose -----------------------------------------------
+
+
+def test_a_text_that_changed_in_the_middle_is_refused(tmp_path):
+    one = stage(tokens=20 * 48, save_every=2)
+    made = {"seed": 1, "out": tmp_path}
+    teacher, student = pair()
+
+    class Stop(Exception):
+        pass
+
+    def stop(event):
+        if event.kind == "step" and event.step == 3:
+            raise Stop
+
+    source = text_batches(TEXT, seed=5)
+    with pytest.raises(Stop):
+        distill(student, teacher, [one], source, text="as it was", progress=stop, **made)
+    teacher, student = pair()
+    with pytest.raises(MismatchError, match="text differs"):
+        distill(student, teacher, [one], source, text="changed", **made)
+
+
+def test_a_student_that_was_trained_already_is_not_resumed(tmp_path):
+    teacher, student = pair()
+    distill(student, teacher, [stage()], text_batches(TEXT, seed=5), out=tmp_path, seed=1)
+    with pytest.raises(MismatchError, match="not as it was when that began"):
+        distill(student, teacher, [stage()], text_batches(TEXT, seed=5), out=tmp_path, seed=1)
+
+
+def test_a_rotation_that_remembers_is_refused(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    made = pair(rope_parameters=rope)
+    with pytest.raises(UnsupportedModel, match="dynamic"):
+        trained(tmp_path, [stage()], made)
+
+
+def test_a_bad_gradient_is_named(tmp_path):
+    teacher, student = pair()
+
+    def spoil(p):
+        p.grad[0] = float("nan")
+
+    own = dict(student.named_parameters())
+    name = next(n for n in own if "layers.3" in n and n.endswith("norm_weight"))
+    handles = []
+
+    def hook(event):  # after the first step the parameter is the student's own
+        if event.kind == "step" and not handles:
+            handles.append(student.get_parameter(name).register_post_accumulate_grad_hook(spoil))
+
+    with pytest.raises(TrainingError, match=name.replace(".", r"\.")):
+        trained(tmp_path, [stage(train="attention")], (teacher, student), progress=hook)
+
+
+def test_ctrl_c_in_the_probe_that_ends_a_stage_loses_nothing(tmp_path):
+    settings = Training(probe_every=2, recall_target=0.5)
+    results = []
+    for name in ("whole", "cut"):
+        calls = []
+
+        def probe(calls=calls, name=name):
+            calls.append(1)
+            if name == "cut" and len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return {"recall": 0.2 * len(calls), "teacher_recall": 0.8}
+
+        stages = [stage(tokens=10 * 48), stage(loss="long")]
+        options = {"training": settings, "probe": probe}
+        try:
+            student, log = trained(tmp_path / name, stages, **options)
+        except Interrupted:
+            student, log = trained(tmp_path / name, stages, **options)
+        results.append((weights(student), log.remarks, log.path.read_bytes()))
+    assert len(results[0][1]) == 2 and "ends after step 4 of 10" in results[0][1][0]
+    assert results[0][1:] == results[1][1:]
+    a, b = results[0][0], results[1][0]
+    assert [n for n in a if not torch.equal(a[n], b[n])] == []
+
+
+def test_a_probe_that_is_not_finite_ends_the_run_with_advice(tmp_path):
+    def probe():
+        raise VerificationFailed("the loss is nan")
+
+    with pytest.raises(TrainingError, match=r"stage 0 \(logits\).*Lower lr"):
+        trained(tmp_path, [stage()], training=Training(probe_every=2), probe=probe)
+
+
+def test_the_cache_knows_a_teacher_by_its_weights_not_by_its_folder(tmp_path):
+    kept = Training(teacher_cache=str(tmp_path / "cache"))
+    for name in ("here", "there"):
+        made = pair()
+        made[0].config._name_or_path = name
+        trained(tmp_path / name, [stage()], made, training=kept)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
+
+
+def test_micro_batches_are_added_in_float32(tmp_path):
+    """Sixteen gradients added in bfloat16 would differ by about a percent."""
+    norms = []
+    for name, rows in (("a", None), ("b", 1)):
+        teacher, _ = pair()
+        teacher.to(torch.bfloat16)
+        plan = uniform_plan("llama", surgery.geometry_of(teacher), [0, 1], "decay", {}, None)
+        one = stage(batch_size=16, micro_batch=rows, tokens=16 * 24)
+        made = teacher, modeling.hybrid(teacher, plan)
+        norms.append(trained(tmp_path / name, [one], made)[1].records[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=5e-3)
 
 
 def test_the_state_holds_no_teacher(tmp_path):

@@ -55,6 +55,11 @@ def refuse(
         mine, theirs = getattr(student.config, key, None), getattr(teacher.config, key, None)
         if mine != theirs:
             raise MismatchError(f"{key} is {mine} in the student and {theirs} in the teacher.")
+    if "dynamic" in _rope_types(getattr(student.config, "rope_parameters", None)):
+        raise UnsupportedModel(
+            "rope_type 'dynamic' turns with the longest row seen before, which a saved state does "
+            "not hold; choose another type (yarn, linear) in the config to train."
+        )
     half = accelerator.mixed_precision == "fp16"
     if half or any(p.dtype == torch.float16 for p in student.parameters()):
         raise UnsupportedModel(
@@ -72,3 +77,11 @@ def refuse(
             raise RecipeError(
                 f"distill[{i}].needles: {stage.needles}, but no needle batches were given."
             )
+
+
+def _rope_types(parameters: Any) -> set[Any]:
+    """Return every rope_type in a config's rope parameters, which may differ by kind of layer."""
+    if not isinstance(parameters, Mapping):
+        return set()
+    found = {parameters.get("rope_type")}
+    return found.union(*(_rope_types(inner) for inner in parameters.values()))

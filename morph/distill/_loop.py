@@ -38,6 +38,7 @@ from morph.errors import (
     Interrupted,
     MismatchError,
     TrainingError,
+    VerificationFailed,
 )
 from morph.mixers._hybrid import HybridAttention
 from morph.recipes.schema import Stage, Training
@@ -57,14 +58,17 @@ def distill(
     accelerator: Any = None,
     training: Training | None = None,
     probe: Callable[[], Mapping[str, float]] | None = None,
+    text: str = "",
 ) -> Log:
     """Train the converted layers of `student` towards `teacher`, in place, stage by stage.
 
     Both are causal LMs of one geometry; `layers` are the student's converted attention modules by
     index (default: every HybridAttention; several `Candidates` of a layer are aligned together).
-    Called again with the same `out`, it goes on where it was stopped. A stage with nothing to train
-    is skipped with a note. `training` are settings of the run, and `probe` measures the student:
-    `recall`, and whatever else is to be logged.
+    Called again with the same `out`, and with the student as it was at first, it goes on where it
+    was stopped. A stage with nothing to train is skipped with a note. `training` are settings of
+    the run, and `probe` measures the student, in the first process: `recall`, and whatever else is
+    to be logged. `text` is the digest of the text behind `batches`, of which few are looked at
+    before a run goes on.
 
     Raises RecipeError, DataError, UnsupportedModel (an unknown output head, float16),
     MismatchError (student, teacher or saved state do not belong together), TrainingError (loss or
@@ -87,7 +91,7 @@ def distill(
         student.to(accelerator.device)
     vocab = student.get_input_embeddings().weight.shape[0]
     fed = StageBatches(stages, batches, needles, vocab)
-    run = _Run(trainee, stages, fed, Path(out), seed, progress, accelerator, training, probe)
+    run = _Run(trainee, stages, fed, Path(out), seed, progress, accelerator, training, probe, text)
     with quiet(student, teacher), seeded(seed, accelerator.device):
         try:
             if training.shard and alone:
@@ -122,6 +126,7 @@ class _Run:
         accelerator: Any,
         training: Training,
         probe: Callable[[], Mapping[str, float]] | None,
+        text: str,
     ) -> None:
         self.trainee, self.stages, self.out, self.accelerator = trainee, stages, out, accelerator
         self.progress, self.device, self.seed = progress, accelerator.device, seed
@@ -144,6 +149,7 @@ class _Run:
             "stages": strict.plain(list(stages)),
             "student": model_digest(self.student, besides=trainee.source),  # as it starts
             "teacher": model_digest(trainee.source),
+            "text": text,
         }
         self.states = RunStates(out / "states", settings, self.note, keep=training.keep_states)
         cache = None
@@ -192,13 +198,13 @@ class _Run:
                 seen = self.watch.after(index, step, steps, loss, extra.get("layers"))
                 over = step + 1 == steps or self.watch.reached()
                 self._advance(stage, over)
+                if over and step + 1 < steps:
+                    self._stop_early(index, step + 1, steps)
                 record = {"stage": index, "name": stage.loss, "step": step, "loss": loss}
                 record |= {"lr": stage.lr * factor, "grad_norm": norm, "tokens": at.tokens}
                 now = time.perf_counter()
                 self._write({**record, **extra, **seen}, now - clock)
             self.log.seconds, clock = self.log.seconds + now - clock, now
-            if over and step + 1 < steps:
-                self._stop_early(index, step + 1, steps)
             if (step + 1) % stage.save_every == 0 or over:
                 self.save()
             self._report(record | seen, steps, (at.tokens - first) / max(now - begun, 1e-9))
@@ -237,9 +243,21 @@ class _Run:
         )
 
     def _probe(self, probe: Callable[[], Mapping[str, float]]) -> Callable[[], Mapping[str, float]]:
+        """Return the probe as the loop has it: one process measures, and tells the others."""
+
         def measured() -> Mapping[str, float]:
             self.trainee.sync()
-            return probe()
+            told: list[Any] = [None]
+            try:
+                if self.accelerator.is_main_process:
+                    told = [dict(probe())]
+            except VerificationFailed as error:
+                raise TrainingError(f"{self._here()}: {error} {self._advice()}") from None
+            if self.accelerator.num_processes > 1:
+                from accelerate.utils import broadcast_object_list
+
+                broadcast_object_list(told)
+            return told[0]
 
         return measured
 

@@ -32,6 +32,7 @@ def align(
         share = len(part.ids) / len(batch.ids)
         for key, loss in _regress(trainee, accelerator, teacher, part, share).items():
             losses[key] = losses.get(key, 0.0) + share * loss
+        trainee.collect()
     return sum(losses.values()) / len(losses), {"layers": losses}
 
 
@@ -76,6 +77,7 @@ def end_to_end(
     value = 0.0
     for part in batch.parts(stage.micro_batch):
         value += _learn(trainee, accelerator, teacher, stage, head, part, count)
+        trainee.collect()
     return value, {} if batch.labels is None else {"needles": True}
 
 

@@ -90,24 +90,27 @@ def split_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> torch.Tensor:
-    """Scale the gradients of `parameters` to a common norm of at most `most`; return what it was.
-
-    Some may be split and others whole in every process.
-    """
-    split = [p for p in parameters if is_split(p)]
-    if not split:
-        return torch.nn.utils.clip_grad_norm_(parameters, most)
-    parts = [split, [p for p in parameters if not is_split(p)]]
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Return the common norm of the gradients of `parameters`, split over processes or whole."""
     norms = [
         whole(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]))
-        for part in parts
-        if part
+        for part in _by_kind(parameters)
     ]
-    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
-    for part in parts:
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float, norm: torch.Tensor) -> None:
+    """Scale gradients whose common norm is `norm` to one of at most `most`."""
+    for part in _by_kind(parameters):
         torch.nn.utils.clip_grads_with_norm_(part, most, norm)
-    return norm
+
+
+def _by_kind(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return those that are split and those that are whole, apart: no function takes both."""
+    parts = [[p for p in parameters if is_split(p) == kind] for kind in (True, False)]
+    return [part for part in parts if part]
 
 
 def _split(module: nn.Module, parameters: list[nn.Parameter], mesh: Any) -> None:

@@ -63,6 +63,7 @@ class RunStates:
                     "format": FORMAT,
                     "settings": self.settings,
                     "position": position,
+                    "position_sha256": _digest(position),
                     "sha256": _sha256(file),
                     "versions": _versions(),
                 }
@@ -94,6 +95,8 @@ class RunStates:
                 file = path / "tensors.safetensors"
                 if _sha256(file) != content["sha256"]:
                     raise ValueError("the tensors are not those that were written")
+                if _digest(content["position"]) != content["position_sha256"]:
+                    raise ValueError("the position is not the one that was written")
                 self._compare(path, content["settings"])
                 tensors, position = load_file(file), content["position"]
             except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as e:
@@ -111,6 +114,11 @@ class RunStates:
     def _compare(self, path: Path, theirs: Mapping[str, Any]) -> None:
         for key in sorted({*self.settings, *theirs}):
             mine, other = self.settings.get(key), theirs.get(key)
+            if mine != other and key == "student":
+                raise MismatchError(
+                    f"{path} is the state of another run: the student is not as it was when that "
+                    "began. Make it again from its plan or folder, or give another output folder."
+                )
             if mine != other:
                 raise MismatchError(
                     f"{path} is the state of another run: {escape(key)} differs "
@@ -189,6 +197,10 @@ def _where(mine: Any, other: Any) -> str:
             if mine.get(key) != other.get(key):
                 return f"{key}: {_where(mine.get(key), other.get(key))}"
     return f"now {mine!r}, then {other!r}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

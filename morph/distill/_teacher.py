@@ -123,22 +123,26 @@ class _Given(nn.Module):
 
 
 class HiddenCache:
-    """Final hidden states on disk, a file a batch, named by what they are a function of.
+    """Final hidden states on disk, a file for all that is computed at once.
 
-    The name is a sha256 over the teacher's weights, the tokens, their positions, and how it was
-    computed (dtype, device, torch). The file says what its own content must hash to; a damaged one
-    is told in words and made again.
+    Its name is a sha256 over the teacher's weights, the tokens, their positions, and how it was
+    computed (dtype, device, torch, attention). The file says what its own content must hash to; a
+    damaged one is told in words and made again.
     """
 
     def __init__(
         self, folder: Path, teacher: nn.Module, precision: str, note: Callable[[str], None]
     ) -> None:
-        self.folder, self.note, self.hits = folder, note, 0
+        self.folder, self.note = folder, note
         digest = hashlib.sha256(f"{torch.__version__} {precision}\n".encode())
         for name, p in sorted(teacher.state_dict().items()):
             digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.device.type}\n".encode())
             digest.update(_bytes(p))
-        digest.update(str(sorted(teacher.config.to_dict().items(), key=str)).encode())
+        told = {k: v for k, v in teacher.config.to_dict().items() if k != "_name_or_path"}
+        told["attention"] = teacher.config._attn_implementation
+        if torch.cuda.is_available():
+            told["device"] = torch.cuda.get_device_name(), torch.backends.cuda.matmul.allow_tf32
+        digest.update(str(sorted(told.items(), key=str)).encode())
         self.teacher = digest.hexdigest()
 
     def key(self, batch: Batch) -> str:
@@ -163,7 +167,6 @@ class HiddenCache:
         except (OSError, ValueError, SafetensorError) as error:
             self.note(f"{file} is damaged ({escape(error, 120)}); it is made again.")
             return None
-        self.hits += 1
         return hidden.to(device)
 
     def write(self, key: str, hidden: torch.Tensor) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from morph.distill._sharding import clip_gradients, gathered, is_split, split_like, whole
+from morph.distill._sharding import (
+    clip_gradients,
+    gathered,
+    gradient_norm,
+    is_split,
+    split_like,
+    whole,
+)
 from morph.errors import MismatchError, TrainingError, UsageError
 from morph.recipes.schema import Stage
 
@@ -278,24 +285,37 @@ class Trainee:
         groups: dict[str | None, list[nn.Parameter]] = {}
         for name, master in self.masters.items():
             p = self.model.get_parameter(name)
-            if p.grad is None and accelerator.num_processes > 1 and not is_split(p):
+            if accelerator.num_processes > 1 and not is_split(p) and master.grad is p.grad is None:
                 p.grad = torch.zeros_like(p)  # every process takes part in every sum
-            if p.grad is None:
+            self._collect(master, p)
+            if master.grad is None:
                 continue
-            if master is not p:
-                master.grad, p.grad = p.grad.to(master.dtype), None
             if is_split(p):  # FSDP gives the mean over processes; the loss is a share of one sum
                 master.grad *= accelerator.num_processes
             elif accelerator.num_processes > 1:
                 master.grad = accelerator.reduce(master.grad, "sum")
             owner = self.regression_of(name) if stage.loss == "align" else None
             groups.setdefault(owner, []).append(master)
-        norms = [clip_gradients(group, stage.clip) for group in groups.values()]
+        norms = [gradient_norm(group) for group in groups.values()]
         norm = torch.stack(norms).double().square().sum().sqrt().item() if norms else 0.0
         if not math.isfinite(norm):
             bad = [n for n, m in self.masters.items() if not _finite(m.grad)]
             raise TrainingError(f"the gradient of {bad[0] if bad else 'a parameter'} is {norm}")
+        for group, found in zip(groups.values(), norms):
+            clip_gradients(group, stage.clip, found)
         return norm
+
+    def collect(self) -> None:
+        """Add what a micro-batch gave to the gradients, in float32 where weights have 16 bits."""
+        for name, master in self.masters.items():
+            self._collect(master, self.model.get_parameter(name))
+
+    @staticmethod
+    def _collect(master: nn.Parameter, p: nn.Parameter) -> None:
+        if master is p or p.grad is None:
+            return
+        more, p.grad = p.grad.to(master.dtype), None
+        master.grad = more if master.grad is None else master.grad + more
 
     def step(self, factor: float) -> None:
         """Take one optimizer step at `factor` times the peak learning rates."""

@@ -302,6 +302,9 @@ def with_stages(recipe: Recipe, text: str, sets: list[str]) -> Recipe:
         asked = tokens.strip()
         count = int(asked) if asked.isdecimal() else asked
         stages.append({"loss": name.strip(), "tokens": count})
+    for key in (text.partition("=")[0].strip() for text in sets):
+        if key.startswith("distill.") and key.endswith(".tokens"):
+            raise UsageError(f"--set {escape(key)}: a flag says this already; give one of the two.")
     raw = {**strict.plain(recipe), "distill": stages}
     keys = dict.fromkeys((text.partition("=")[0].strip() for text in sets), 0)
     return schema.from_data(schema.apply_sets(raw, sets), "command line", keys)

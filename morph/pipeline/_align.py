@@ -220,6 +220,7 @@ def together(
     """
     from morph import distill as distillation
     from morph import surgery
+    from morph.pipeline import _train
 
     student, names = hybrids[0], labels(mixers)
     every = [surgery.hybrid_layers(hybrid) for hybrid in hybrids]
@@ -239,8 +240,9 @@ def together(
             student,
             teacher,
             [stage],
-            _rows(source, stage, corpus, seed),
+            _train.rows_of(corpus, source.tokenizer(), seed),
             out=out,
+            text=corpus.identity,
             seed=seed,
             layers=joined,
             training=training,
@@ -252,18 +254,6 @@ def together(
             setattr(places[i], source.family.attention, own)
     trained = set(log.trained)
     return [_aligned(source, own, f"@{name}", trained) for name, own in zip(names, every)], log
-
-
-def _rows(source: Source, stage: Stage, corpus: _data.Corpus, seed: int) -> Any:
-    from morph import distill as distillation
-
-    tokenizer = source.tokenizer()
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if stage.rows == "windows":
-        return distillation.text_batches(corpus.train, seed=seed, bos=bos)
-    return distillation.document_batches(
-        corpus.train, corpus.train_starts, seed=seed, bos=bos, eos=eos
-    )
 
 
 def _aligned(

@@ -131,6 +131,14 @@ def align_command(
 
     The recipe has one stage, `align`. State lives beside `out`; the same command goes on from it.
     """
+    stages = recipe.distill
+    if len(stages) != 1 or stages[0].loss != "align" or stages[0].train == "lora":
+        raise UsageError("morph align has one stage, align, without lora; give --tokens a number.")
+    if stages[0].needles or recipe.training.probe_every:
+        raise UsageError(
+            "morph align trains on plain text and measures errors, not recall: leave out "
+            "distill.align.needles and training.probe_every."
+        )
     if replace(recipe.mixer, calibrate=Mixer().calibrate) != Mixer():
         raise UsageError(
             "--set mixer...: here options go behind the name, such as --mixer sliding:window=64; "
@@ -188,8 +196,11 @@ def _aligned(
         elif progress is not None:
             progress(event)
 
-    settings = replace(recipe.training, probe_every=0, recall_target=None)
-    common: dict[str, Any] = {"seed": recipe.seed, "training": settings, "progress": told}
+    common: dict[str, Any] = {
+        "seed": recipe.seed,
+        "training": recipe.training,
+        "progress": told,
+    }
     say(f"aligning {len(mixers)} mixers in {len(before[0])} layers ({stage.tokens:,} tokens)")
     found, log = _align.together(source, hybrids, mixers, model, stage, corpus, out=work, **common)
     entries = [

@@ -34,6 +34,11 @@ class Corpus:
     held_out_stories: tuple[str, ...]
 
     @property
+    def identity(self) -> str:
+        """The digest of the training part's tokens and of where its documents start."""
+        return hashlib.sha256(self.train.numpy().tobytes() + self.train_starts.numpy()).hexdigest()
+
+    @property
     def sha256(self) -> str:
         """The digest of the training part's tokens."""
         return hashlib.sha256(self.train.numpy().tobytes()).hexdigest()

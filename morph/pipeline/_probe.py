@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from morph._processes import rank
 from morph.errors import RecipeError
 from morph.recipes.schema import Evaluate, Training
 
@@ -58,6 +59,8 @@ def probe_of(
         )
         return {"recall": sum(hit.correct for hit in hits) / len(hits), "perplexity": loss.ppl}
 
+    if rank():  # of several processes, the first measures
+        return dict
     of_teacher = {f"teacher_{name}": value for name, value in measured(teacher).items()}
     known = of_teacher["teacher_recall"]
     if training.recall_target is not None and known < LEAST:

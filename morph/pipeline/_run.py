@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -163,7 +162,7 @@ def _base(state: Run) -> dict[str, Any]:
         "model": state.source.checkpoint.fingerprint,
         "seed": recipe.seed,
         "dtype": recipe.dtype,
-        "text": hashlib.sha256(state.corpus.train.numpy().tobytes()).hexdigest(),
+        "text": state.corpus.identity,
         "mixer": strict.plain(recipe.mixer),
         "select": strict.plain(recipe.select),
     }
@@ -270,10 +269,12 @@ def _set_aside(state: Run, inputs: Mapping[str, Any]) -> None:
     then = stamp.read_text().strip() if stamp.is_file() else None
     if folder.exists() and then not in (None, now):
         kept = state.out / f"distill-{then[:8]}"  # type: ignore[index]
-        if kept.exists():
-            shutil.rmtree(kept)
         folder.rename(kept)
         state.say(f"the training in {folder} was for other settings; it is now {kept}")
+    earlier = state.out / f"distill-{now[:8]}"
+    if earlier.is_dir() and not folder.exists():
+        earlier.rename(folder)
+        state.say(f"{earlier} was for these settings; it is {folder} again")
     folder.mkdir(parents=True, exist_ok=True)
     stamp.write_text(now + "\n")
 

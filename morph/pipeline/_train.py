@@ -94,13 +94,18 @@ def distill(
     times = training.epochs_of(recipe.distill, len(corpus.train))
     if times > 1.05:
         say(f"the stages read the {len(corpus.train):,} tokens of text {times:.1f} times")
+    if recipe.training.probe_every and not recipe.training.shard:
+        from accelerate import PartialState
+
+        teacher.to(PartialState().device)  # where it will be; questions wait for no CPU
     probe = _probe.probe_of(recipe.training, student, teacher, corpus, tokenizer, recipe.seed)
     log = training.distill(
         student,
         teacher,
         recipe.distill,
-        _source(corpus, tokenizer, recipe.seed),
+        rows_of(corpus, tokenizer, recipe.seed),
         out=work,
+        text=corpus.identity,
         training=recipe.training,
         probe=probe,
         seed=recipe.seed,
@@ -115,7 +120,7 @@ def distill(
     return log
 
 
-def _source(corpus: Corpus, tokenizer: Any, seed: int) -> Any:
+def rows_of(corpus: Corpus, tokenizer: Any, seed: int) -> Any:
     """Return the batches of plain text of every stage: windows of it, or whole documents."""
     from morph import distill as training
 

@@ -74,6 +74,18 @@ def kl_share(stage: Any) -> float:
     return 1.0 - cross_entropy_share(stage)
 
 
+def _needed(training: Any, stages: Any) -> None:
+    """Raise for settings of the run that no stage of it would look at."""
+    if stages and training.recall_target is not None and all(s.loss == "align" for s in stages):
+        raise RecipeError("training.recall_target: it ends logits and long stages; none is here.")
+    whole = [s for s in stages if s.loss != "align" and kl_share(s) > 0]
+    if stages and training.teacher_cache is not None and not whole:
+        raise RecipeError(
+            "training.teacher_cache: no stage needs the teacher's final hidden states; align takes "
+            "its layers, and cross-entropy has no teacher."
+        )
+
+
 def together(recipe: Any) -> None:
     """Raise where values that are each in range mean nothing together."""
     training, data = recipe.training, recipe.data
@@ -87,8 +99,15 @@ def together(recipe: Any) -> None:
                 f"data.text: {escape(name)} is a dataset of the Hub, read up to data.limit tokens; "
                 "set that, such as 100M."
             )
+    _needed(training, recipe.distill)
     for i, stage in enumerate(recipe.distill):
         where = f"distill[{i}]"
+        if stage.loss == "align" and (stage.recompute != "none" or stage.temperature != 1):
+            name = "temperature" if stage.temperature != 1 else "recompute"
+            raise RecipeError(
+                f"{where}.{name}: align has no use for it: one layer's graph lives at a time, and "
+                "outputs are regressed."
+            )
         if stage.loss == "align" and stage.cross_entropy is not None:
             raise RecipeError(f"{where}.cross_entropy: align regresses outputs; it has none.")
         if stage.kl != "forward" and (stage.loss == "align" or kl_share(stage) == 0):
