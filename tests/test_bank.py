@@ -311,7 +311,7 @@ def test_mixers_that_cannot_be_aligned(
         (["--set", "mixer.window=8"], 2, "behind the name"),
         (["--set", "distill.align.train=new"], 2, "sliding has no parameters"),
         (["--set", "distill.align.train=lora"], 2, "lora"),
-        (["--set", "distill.align.loss=logits"], 2, "candidates"),
+        (["--set", "distill.align.loss=logits"], 2, "one stage, align"),
         (["--set", "data.epochs=0.01"], 3, "data.epochs"),
         (["--tokens", "many"], 2, "many"),
     ],

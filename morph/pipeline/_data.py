@@ -36,7 +36,9 @@ class Corpus:
     @property
     def identity(self) -> str:
         """The digest of the training part's tokens and of where its documents start."""
-        return hashlib.sha256(self.train.numpy().tobytes() + self.train_starts.numpy()).hexdigest()
+        digest = hashlib.sha256(self.train.numpy().tobytes())
+        digest.update(self.train_starts.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def sha256(self) -> str:
