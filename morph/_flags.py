@@ -153,7 +153,8 @@ def as_recipe(
         raw["mixer"]["name"] = mixer
     raw["select"] = {k: v for k, v in select.items() if v is not None}
     _said_once(raw, [*(sets or []), *(later or [])])
-    return schema.from_data(schema.apply_sets(raw, sets or []), "command line")
+    now = [text for text in later or () if not text.strip().startswith("distill")]
+    return schema.from_data(schema.apply_sets(raw, [*(sets or []), *now]), "command line")
 
 
 def _said_once(raw: dict[str, Any], sets: list[str]) -> None:

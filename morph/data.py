@@ -118,7 +118,7 @@ class TextBatches:
             )
         if len(ids) < take:
             raise DataError(
-                f"the text has {len(ids)} tokens, one row needs {take}; pass a"
+                f"the text has {len(ids)} tokens, one row of {seq_len} needs {take}; pass a"
                 " longer text or a smaller seq_len"
             )
         self.ids, self.batch_size, self.seq_len = ids, batch_size, seq_len
@@ -264,8 +264,8 @@ def _needle_example(
     if room < 0:
         raise DataError(
             f"{len(needles)} needle(s) and the question need {length - room} tokens,"
-            f" length is {length}; set select.seq_len, evaluate.lengths or training.probe_length"
-            f" to at least {length - room}"
+            f" length is {length}; set select.seq_len, evaluate.lengths, training.probe_length or"
+            f" the seq_len of the stage to at least {length - room}"
         )
     if len(haystack) < room:
         raise DataError(

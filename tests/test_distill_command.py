@@ -175,7 +175,7 @@ def test_a_changed_setting_does_not_resume_another_run(tiny, tmp_path):
     assert code == 0, told
     code, told = distilled(tiny, out, "--force", "--set", "distill.logits.lr=1e-4")
     assert code == 4
-    assert "another run" in told and "lr" in told
+    assert "another run" in told and "lr" in told and "delete" in told
     code, told = distilled(tiny, out, "--force")
     assert code == 0, told
 
@@ -187,6 +187,44 @@ def test_other_commands_run_in_one_process(command, tiny, monkeypatch):
     code, told = morph(command, tiny / "model")
     assert code == 2
     assert "error: (process 1 of 2)" in told and "runs in one process" in told
+
+
+def test_a_dataset_with_a_limit_is_looked_for(tiny, tmp_path):
+    code, told = distilled(
+        tiny, tmp_path / "out", "--data", "hub:nobody/nothing", "--set", "data.limit=1K"
+    )
+    assert code == 3, told
+    assert "nobody/nothing" in told and "set that" not in told
+
+
+def test_the_next_command_reads_the_same_data(tiny, tmp_path):
+    more = ["--data", tiny / "documents.jsonl", "--set", "data.column=body"]
+    code, told = distilled(tiny, tmp_path / "out", *more, "--set", "data.held_out=0.2")
+    assert code == 0, told
+    following = told.rsplit("next: ", 1)[1]
+    assert "--set data.held_out=0.2" in following and "--set data.column=body" in following
+
+
+def test_no_stage_is_no_training(tiny, tmp_path):
+    code, told = morph(
+        "distill", tiny / "hybrid", "--teacher", tiny / "model", "--data", tiny / "text.txt",
+        "--out", tmp_path / "out", "--stages", "",
+    )  # fmt: skip
+    assert code == 2
+    assert "name a stage" in told
+
+
+def test_a_window_that_holds_every_row_is_told(tiny, tmp_path):
+    hybrid = tmp_path / "hybrid"
+    code, told = morph("convert", tiny / "model", hybrid, "--selector", "uniform",
+                       "--set", "mixer.window=64")  # fmt: skip
+    assert code == 0, told
+    code, told = morph(
+        "distill", hybrid, "--teacher", tiny / "model", "--data", tiny / "text.txt",
+        "--out", tmp_path / "out", "--stages", "logits=512", "--set", "distill.logits.seq_len=64",
+    )  # fmt: skip
+    assert code == 0, told
+    assert "the loss is 0" in told and "longer seq_len" in told
 
 
 def test_a_rank_without_a_world_is_the_first(tiny, tmp_path, monkeypatch):

@@ -204,6 +204,12 @@ class _Run:
                 record |= {"lr": stage.lr * factor, "grad_norm": norm, "tokens": at.tokens}
                 now = time.perf_counter()
                 self._write({**record, **extra, **seen}, now - clock)
+            if loss == 0 and step == 0 and stage.lr and stage.gate_lr:
+                self.note(
+                    f"stage {index} ({stage.loss}): the loss is 0: on rows of {stage.seq_len} "
+                    "tokens the hybrid is its teacher, as with a window that holds a whole row. "
+                    "Nothing can be learnt so; give the stage a longer seq_len."
+                )
             self.log.seconds, clock = self.log.seconds + now - clock, now
             if (step + 1) % stage.save_every == 0 or over:
                 self.save()

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -112,18 +113,22 @@ class RunStates:
         return None
 
     def _compare(self, path: Path, theirs: Mapping[str, Any]) -> None:
-        for key in sorted({*self.settings, *theirs}):
+        # What is made from other settings comes last: its difference would hide theirs
+        known = {key: n for n, key in enumerate(("stages", "seed", "probe", "teacher", "text"))}
+        keys = sorted({*self.settings, *theirs}, key=lambda k: (known.get(k, 9), k == "data", k))
+        for key in keys:
             mine, other = self.settings.get(key), theirs.get(key)
             if mine != other and key == "student":
                 raise MismatchError(
                     f"{path} is the state of another run: the student is not as it was when that "
-                    "began. Make it again from its plan or folder, or give another output folder."
+                    "began. Make it again from its plan or folder, give another output folder, or "
+                    f"delete {self.folder.parent} to start anew."
                 )
             if mine != other:
                 raise MismatchError(
                     f"{path} is the state of another run: {escape(key)} differs "
                     f"({escape(_where(mine, other), 160)}). Give the settings it was started "
-                    "with, or another output folder."
+                    f"with, or another output folder, or delete {self.folder.parent} to start anew."
                 )
 
     def _tell_versions(self, path: Path, theirs: Any) -> None:
@@ -196,6 +201,8 @@ def _where(mine: Any, other: Any) -> str:
         for key in sorted({*mine, *other}):
             if mine.get(key) != other.get(key):
                 return f"{key}: {_where(mine.get(key), other.get(key))}"
+    if all(isinstance(x, str) and re.fullmatch("[0-9a-f]{64}|", x) for x in (mine, other)):
+        return "its content is another"  # two digests say nothing to a reader
     return f"now {mine!r}, then {other!r}"
 
 

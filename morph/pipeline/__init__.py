@@ -302,6 +302,8 @@ def with_stages(recipe: Recipe, text: str, sets: list[str]) -> Recipe:
         asked = tokens.strip()
         count = int(asked) if asked.isdecimal() else asked
         stages.append({"loss": name.strip(), "tokens": count})
+    if not stages:
+        raise RecipeError(f"--stages {escape(text)!r}: name a stage, such as logits=1M.")
     for key in (text.partition("=")[0].strip() for text in sets):
         if key.startswith("distill.") and key.endswith(".tokens"):
             raise UsageError(f"--set {escape(key)}: a flag says this already; give one of the two.")

@@ -201,7 +201,8 @@ def _aligned(
         "training": recipe.training,
         "progress": told,
     }
-    say(f"aligning {len(mixers)} mixers in {len(before[0])} layers ({stage.tokens:,} tokens)")
+    count = f"{len(mixers)} mixer{'s' * (len(mixers) > 1)}"
+    say(f"aligning {count} in {len(before[0])} layers ({stage.tokens:,} tokens)")
     found, log = _align.together(source, hybrids, mixers, model, stage, corpus, out=work, **common)
     entries = [
         Entry(mixer=m.name, options=m.options, file=f"{n}.safetensors", before=b, after=a)

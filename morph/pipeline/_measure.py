@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from morph import checkpoint
@@ -87,7 +88,28 @@ def beside(
         models[name] = lambda other=other: _start.hybrid_of(
             base, other, corpus, recipe.mixer.calibrate
         )
-    return evaluate(recipe, models, plans, corpus, source.tokenizer(), say=say)
+    found = evaluate(recipe, models, plans, corpus, source.tokenizer(), say=say)
+    return replace(found, notes=(*found.notes, *_remarks(recipe, plans, given)))
+
+
+def _remarks(
+    recipe: Recipe, plans: Mapping[str, Plan | None], given: checkpoint.Checkpoint
+) -> list[str]:
+    """Return what a reader must know of the baselines to compare them with the hybrid."""
+    from morph.pipeline import was_distilled
+
+    told, names = [], [n for n in plans if n not in ("source", "hybrid")]
+    if names and was_distilled(given.path):
+        told.append(f"Only the hybrid was distilled; {' and '.join(names)} were not trained.")
+    hybrid, uniform, window = (plans.get(n) for n in ("hybrid", "uniform", "window"))
+    if uniform is not None and hybrid is not None and uniform.pattern == hybrid.pattern:
+        told.append("uniform keeps the layers that the hybrid keeps.")
+    longest = max(recipe.evaluate.lengths, default=0)
+    options = [] if window is None else [g.options for x in window.layers for g in x.groups]
+    sizes = [int(o["window"]) for o in options if "window" in o]
+    if sizes and min(sizes) >= longest:
+        told.append(f"window sees {min(sizes):,} tokens, so all of every question: full attention.")
+    return told
 
 
 def layout_of(plan: Plan) -> tuple[Mixer, int]:

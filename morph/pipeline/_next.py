@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from morph.recipes.schema import TASKS, Evaluate, Recipe, Select
+from morph.recipes.schema import TASKS, Data, Evaluate, Recipe, Select
 
 Command = list[str]
 
@@ -19,6 +20,14 @@ def flags(**given: Any) -> Command:
         for one in values:
             found += [f"--{name.replace('_', '-')}", str(one)]
     return found
+
+
+def data_sets(recipe: Recipe) -> list[str]:
+    """Return the settings of the data section, besides its files, that are not the defaults."""
+    plain, own = Data(), recipe.data
+    changed = [f.name for f in fields(Data) if f.name != "text"]
+    changed = [name for name in changed if getattr(own, name) != getattr(plain, name)]
+    return [f"data.{name}={as_yaml(getattr(own, name))}" for name in changed]
 
 
 def as_yaml(value: Any) -> str:
@@ -85,7 +94,7 @@ def after_align(recipe: Recipe, bank: Path, mixers: Iterable[Any]) -> Command:
             data=recipe.data.text,
             family=recipe.family,
             seed=recipe.seed or None,
-            set=[*sets, "select.align=0"],
+            set=[*sets, "select.align=0", *data_sets(recipe)],
         ),
     ]
 
@@ -95,7 +104,12 @@ def after_plan(recipe: Recipe, out: Path) -> Command:
     folder = f"{Path(recipe.model).name or 'model'}-hybrid"
     return [
         *("convert", recipe.model, folder, "--plan", str(out)),
-        *flags(family=recipe.family, data=recipe.data.text, seed=recipe.seed or None),
+        *flags(
+            family=recipe.family,
+            data=recipe.data.text,
+            seed=recipe.seed or None,
+            set=data_sets(recipe),
+        ),
     ]
 
 
@@ -110,7 +124,7 @@ def after_convert(recipe: Recipe, out: Path) -> Command:
         sets = []  # told by --set, which the user knows better
     return [
         *("evaluate", str(out), "--against", recipe.model),
-        *flags(data=recipe.data.text, seed=recipe.seed or None, set=sets),
+        *flags(data=recipe.data.text, seed=recipe.seed or None, set=[*sets, *data_sets(recipe)]),
     ]
 
 
@@ -118,7 +132,7 @@ def after_evaluate(recipe: Recipe, model: str, against: str | None) -> Command:
     """Return `distill` for a fresh hybrid, `verify` for a distilled one, `score` for a source."""
     from morph.pipeline import was_aligned, was_distilled
 
-    shared = flags(data=recipe.data.text, seed=recipe.seed or None)
+    shared = flags(data=recipe.data.text, seed=recipe.seed or None, set=data_sets(recipe))
     if against is None:
         if (Path(model) / "morph.json").is_file():
             return ["verify", model]

@@ -92,7 +92,7 @@ def distill(
 
     training.check_epochs(recipe.distill, len(corpus.train), recipe.data.epochs)
     times = training.epochs_of(recipe.distill, len(corpus.train))
-    if times > 1.05:
+    if times > 1.05 and len(corpus.train) >= max(s.seq_len for s in recipe.distill):
         say(f"the stages read the {len(corpus.train):,} tokens of text {times:.1f} times")
     if recipe.training.probe_every and not recipe.training.shard:
         from accelerate import PartialState

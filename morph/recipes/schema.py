@@ -493,9 +493,11 @@ def _stage(stages: list[Any], step: str, key: str) -> int:
         return int(step)
     if losses.count(step) == 1:
         return losses.index(step)
-    why = "names more than one entry; give its number" if step in losses else "is no entry"
+    why = "is no entry"
+    hint = "" if step in ("align", "logits", "long") else nearest(step, losses)
+    if step in losses:
+        why = f"names more than one entry; give its number, such as distill.{losses.index(step)}"
     names = ", ".join(f"{i} ({loss})" if loss else str(i) for i, loss in enumerate(losses))
     raise UsageError(
-        f"--set {escape(key)}: {escape(step)!r} {why}.{nearest(step, losses)} "
-        f"There are: {names or 'none'}."
+        f"--set {escape(key)}: {escape(step)!r} {why}.{hint} There are: {names or 'none'}."
     )
