@@ -46,8 +46,8 @@ PROBE_TOKENS = 16384
 class Bench:
     """One source model, its text, and the layers that every budget keeps."""
 
-    def __init__(self, name: str, work: Path, length: int) -> None:
-        self.name, self.work, self.length = name, work, length
+    def __init__(self, name: str, work: Path, length: int, keep: list[int] | None) -> None:
+        self.name, self.work, self.length, self.keep = name, work, length, keep
         self.source = pipeline.open_source(str(ROOT / "examples" / name))
         self.tokenizer = self.source.tokenizer()
         self.corpus = _data.corpus(Data(text=(str(TEXT),), held_out=0.1), self.tokenizer)
@@ -55,7 +55,9 @@ class Bench:
         self._scores: Any = None
 
     def kept(self, budget: str) -> list[int]:
-        """Return the layers that Fisher scores keep at a budget."""
+        """Return the layers that Fisher scores keep at a budget, or those that were given."""
+        if self.keep is not None:
+            return self.keep
         section = Select(
             selector="fisher",
             budget=budget,
@@ -231,11 +233,12 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["1/4", "1/8"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=int, default=1024, help="tokens of the questions")
+    parser.add_argument("--keep", nargs="+", type=int, help="layers, in place of Fisher scores")
     parser.add_argument("--json", metavar="PATH", help="write the rows there")
     args = parser.parse_args()
     one_thread()
     torch.manual_seed(0)
-    bench = Bench(args.model, args.work, args.length)
+    bench = Bench(args.model, args.work, args.length, args.keep)
     if args.what == "curves":
         rows = curves(bench, args.budgets, args.mixers, args.seeds)
     elif args.what == "ablation":
