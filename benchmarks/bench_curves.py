@@ -226,7 +226,9 @@ def lines_of(rows: list[dict[str, Any]], teacher: dict[str, float]) -> list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("curves", "ablation", "selectors"))
+    parser.add_argument(
+        "what", nargs="?", choices=("selectors", "curves", "ablation"), default="selectors"
+    )
     parser.add_argument("--model", default="checkpoint", help="a folder of examples/")
     parser.add_argument("--work", type=Path, default=Path("bench-curves"))
     parser.add_argument("--mixers", nargs="+", choices=list(MIXERS), default=list(MIXERS))

@@ -106,7 +106,7 @@ def test_panels_say_what_they_show(monkeypatch):
     panels = {a.get_title(loc="left"): a for a in seen[0].axes}
     titles = ["Loss", "Align error of every layer", "Recall", "Perplexity"]
     assert [t for t in panels if t][:4] == titles
-    assert {"A_log", "dt_bias", "g.weight"} < panels.keys()
+    assert {"Gates: A_log", "Gates: dt_bias", "Gates: g.weight"} < panels.keys()
     assert [t.get_text() for t in panels["Loss"].texts] == ["1 align", "2 logits", "3 long"]
     assert [t.get_text() for t in panels["Loss"].get_legend().texts] == ["text", "needle batches"]
     recall = panels["Recall"]

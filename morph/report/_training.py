@@ -141,7 +141,7 @@ def _gate_panel(axes: Any, stages: Sequence[StageRecords], group: str) -> None:
         axes.plot(x, columns[edge], color=GATES, linewidth=0.8, linestyle=":")
     marker = "." if len(x) < 30 else ""
     axes.plot(x, columns[3], color=INK, linewidth=1.4, marker=marker)
-    axes.set_title(short(group, 20))
+    axes.set_title(f"Gates: {short(group, 16)}")
     _against_tokens(axes, stages, 2.5)
 
 
