@@ -482,7 +482,8 @@ def distill(
     recipe = as_recipe(teacher, [], later=sets, data=data, seed=seed)
     recipe = pipeline.with_stages(recipe, stages, sets or [])
     if dry_run:
-        return terminal.emit(pipeline.distill_dry_run(recipe, hybrid), as_json, terminal.pairs)
+        told = pipeline.distill_dry_run(recipe, hybrid, out, force=force)
+        return terminal.emit(told, as_json, terminal.pairs)
     with terminal.training() as progress:
         found = pipeline.distill_command(
             recipe, hybrid, out, target=target, force=force, say=terminal.say, progress=progress

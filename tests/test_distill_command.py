@@ -227,6 +227,27 @@ def test_a_window_that_holds_every_row_is_told(tiny, tmp_path):
     assert "the loss is 0" in told and "longer seq_len" in told
 
 
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"--data": "nowhere.txt"}, 3, "no such text file"),
+        ({"--data": None}, 2, "no text was given"),
+        ({"--out": "hybrid"}, 2, "is the input"),
+        ({"--set": "mixer.window=8"}, 2, "brings its mixers"),
+        ({"--set": "select.budget=2"}, 2, "nothing is selected"),
+        ({}, 0, "pattern"),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_what_the_run_would(changes, code, says, tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    given = {"--teacher": "model", "--data": "text.txt", "--out": "new", "--stages": "logits=1K"}
+    flags = [x for pair in (given | changes).items() if pair[1] for x in pair]
+    found, told = morph("distill", "hybrid", *flags, "--dry-run")
+    assert found == code, told
+    assert says in told
+
+
 def test_a_rank_without_a_world_is_the_first(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # as schedulers set it
     monkeypatch.delenv("WORLD_SIZE", raising=False)

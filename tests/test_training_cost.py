@@ -350,7 +350,7 @@ def test_distill_dry_run_knows_the_plan(tiny: Path, tmp_path: Path, capsys, monk
         folder.mkdir()
         (folder / "morph.json").write_text(f'{{"plan": {planning.dumps(plan)}}}')
         run("distill", folder, "--teacher", tiny / "model", "--out", "x", "--dry-run", "--json",
-            "--stages", "logits=64K")  # fmt: skip
+            "--stages", "logits=64K", "--data", tiny / "text.txt")  # fmt: skip
         told[kept[0]] = json.loads(capsys.readouterr().out)
     assert told[0]["distillation_flops"] < told[6]["distillation_flops"]
     assert told[0]["distillation_tokens"] == 64_000

@@ -176,10 +176,22 @@ def _training_cost(recipe: Recipe, source: Source, plan: Plan | None = None) -> 
     }
 
 
-def distill_dry_run(recipe: Recipe, hybrid: str) -> dict[str, Any]:
-    """Return what `distill_command` would do; no weight is read."""
+def distill_dry_run(
+    recipe: Recipe, hybrid: str, out: Path | None = None, *, force: bool = False
+) -> dict[str, Any]:
+    """Return what `distill_command` would do; no weight is read, and of the text nothing.
+
+    Raises for settings, an output or files of text that the command would refuse at once.
+    """
+    from morph.pipeline import _train
+
+    _train.check_settings(recipe)
     source = open_source(recipe.model, recipe.family)
-    plan = plan_of_folder(checkpoint.resolve(hybrid), source)
+    folder = checkpoint.resolve(hybrid)
+    if out is not None:
+        checkpoint.check_output(out, [source.path, folder], force)
+    _data.check_files(recipe.data)
+    plan = plan_of_folder(folder, source)
     return {
         "teacher": str(source.path),
         "hybrid": hybrid,
@@ -330,6 +342,7 @@ def distill_command(
     from morph.pipeline import _convert, _train
 
     _check_target(target)
+    _train.check_settings(recipe)
     source = open_source(recipe.model, recipe.family)
     given = checkpoint.Checkpoint.open(checkpoint.resolve(hybrid), strict=False)
     checkpoint.check_output(out, [source.path, given.path], force)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morph import strict
-from morph.errors import DataError, UsageError
+from morph.errors import DataError, UsageError, escape
 from morph.recipes.schema import Data, Select
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ def corpus(section: Data, tokenizer: Any, root: Path | None = None, seed: int = 
     import numpy as np
     import torch
 
-    if not section.text:
-        raise UsageError(
-            "no text was given. Name files with --data FILE (.txt, .json, .jsonl, .parquet), or in "
-            "the recipe under data.text."
-        )
+    check_files(section, root)
     if not 0 < section.held_out < 1:
         raise DataError(f"data.held_out is {section.held_out}; it is a share between 0 and 1.")
     train, held_out, starts = _Joined(), _Joined(), []
@@ -159,6 +155,18 @@ def _read(name: str, section: Data, tokenizer: Any, root: Path | None, seed: int
         ending = "" if section.chat else "\n"
         texts, ids = documents.read_until(tokenizer, stream, section.limit, ending)
     return _Entry(texts=texts, ids=None if as_one else ids)
+
+
+def check_files(section: Data, root: Path | None = None) -> None:
+    """Raise UsageError where no text is named, and DataError for a file that is not there."""
+    if not section.text:
+        raise UsageError(
+            "no text was given. Name files with --data FILE (.txt, .json, .jsonl, .parquet), or in "
+            "the recipe under data.text."
+        )
+    for name in section.text:
+        if not name.startswith("hub:") and not _find(name, root).exists():
+            raise DataError(f"{escape(name)}: no such text file")
 
 
 def _find(name: str, root: Path | None) -> Path:

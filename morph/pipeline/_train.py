@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,11 @@ import numpy as np
 
 from morph import strict
 from morph.checkpoint import Checkpoint
-from morph.errors import MismatchError
+from morph.errors import MismatchError, UsageError
 from morph.pipeline._data import Corpus
 from morph.pipeline._source import Say, Source, quiet
 from morph.plan import Plan
-from morph.recipes.schema import Recipe
+from morph.recipes.schema import Mixer, Recipe, Select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +49,18 @@ def student_of(teacher: nn.Module, plan: Plan, source: Source, given: Checkpoint
             changed.append(name)
     student.morph_trained = tuple(changed)  # type: ignore[assignment]
     return student
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Raise UsageError for sections that `morph distill` has no use for: the hybrid is made."""
+    if recipe.mixer != Mixer():
+        raise UsageError(
+            "--set mixer...: the hybrid brings its mixers; convert again to have others."
+        )
+    if replace(recipe.select, task=Select().task) != Select():
+        raise UsageError(
+            "--set select...: nothing is selected here; only select.task is looked at, for needles."
+        )
 
 
 def check_tokenizer(source: Source, given: Checkpoint) -> None:
