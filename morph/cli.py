@@ -481,6 +481,7 @@ def distill(
 
     recipe = as_recipe(teacher, [], later=sets, data=data, seed=seed)
     recipe = pipeline.with_stages(recipe, stages, sets or [])
+    pipeline.check_distill(recipe)
     if dry_run:
         told = pipeline.distill_dry_run(recipe, hybrid, out, force=force)
         return terminal.emit(told, as_json, terminal.pairs)

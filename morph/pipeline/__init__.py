@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Source",
     "align_command",
+    "check_distill",
     "check_result",
     "compare_command",
     "convert_command",
@@ -176,6 +177,13 @@ def _training_cost(recipe: Recipe, source: Source, plan: Plan | None = None) -> 
     }
 
 
+def check_distill(recipe: Recipe) -> None:
+    """Raise UsageError for settings of the command line that `morph distill` has no use for."""
+    from morph.pipeline import _train
+
+    _train.check_settings(recipe)
+
+
 def distill_dry_run(
     recipe: Recipe, hybrid: str, out: Path | None = None, *, force: bool = False
 ) -> dict[str, Any]:
@@ -183,9 +191,6 @@ def distill_dry_run(
 
     Raises for settings, an output or files of text that the command would refuse at once.
     """
-    from morph.pipeline import _train
-
-    _train.check_settings(recipe)
     source = open_source(recipe.model, recipe.family)
     folder = checkpoint.resolve(hybrid)
     if out is not None:
@@ -342,7 +347,6 @@ def distill_command(
     from morph.pipeline import _convert, _train
 
     _check_target(target)
-    _train.check_settings(recipe)
     source = open_source(recipe.model, recipe.family)
     given = checkpoint.Checkpoint.open(checkpoint.resolve(hybrid), strict=False)
     checkpoint.check_output(out, [source.path, given.path], force)
