@@ -364,18 +364,8 @@ def align(
         found = pipeline.align_command(
             recipe, mixers or [], bank, force=force, say=terminal.say, progress=progress
         )
-    terminal.emit(found, as_json, _aligned)
+    terminal.emit(found, as_json, terminal.aligned)
     terminal.next_command(_next.after_align(recipe, bank, found["mixers"]))
-
-
-def _aligned(found: Any) -> None:
-    rows = [
-        [layer, *(f"{m['before'][layer]:.4f} -> {m['after'][layer]:.4f}" for m in found["mixers"])]
-        for layer in found["mixers"][0]["after"]
-    ]
-    names = [m["mixer"] for m in found["mixers"]]
-    terminal.table("relative error of the layers' outputs", ["layer", *names], rows, 1)
-    terminal.pairs({"wrote": found["wrote"], "tokens": found["tokens"]})
 
 
 @app.command()

@@ -324,6 +324,17 @@ def _use(found: Mapping[str, Any]) -> None:
         print(f"\n{key}\n" + "\n".join(f"  {line}" for line in lines))
 
 
+def aligned(found: Mapping[str, Any]) -> None:
+    """Print what a bank holds: the layers' errors, a column for every mixer."""
+    rows = [
+        [layer, *(f"{m['before'][layer]:.4f} -> {m['after'][layer]:.4f}" for m in found["mixers"])]
+        for layer in found["mixers"][0]["after"]
+    ]
+    names = [m["mixer"] for m in found["mixers"]]
+    table("relative error of the layers' outputs", ["layer", *names], rows, 1)
+    pairs({"wrote": found["wrote"], "tokens": found["tokens"]})
+
+
 def evaluation(found: Any) -> None:
     """Print the table of an evaluation, its notes below."""
     from morph import report

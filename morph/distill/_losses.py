@@ -225,12 +225,7 @@ def _kl_chunk(
     p, d, e = room
     if head.softcap is not None:
         return _kl_chunk_plain(room, hidden, teacher_hidden, head, temperature)
-    _fill(e, teacher_hidden, head, temperature)
-    torch.softmax(e, -1, out=p)
-    gap = hidden.to(e.dtype) - teacher_hidden.to(e.dtype)
-    _project(d, gap, head)
-    d.mul_(head.scale / temperature)
-    d.sub_(torch.mul(p, d, out=e).sum(-1, keepdim=True))
+    _centred((p, d, e), teacher_hidden, hidden, teacher_hidden, head, temperature)
     if d.amax() > 80:  # exp would overflow: here rounding is not what hurts
         return _kl_chunk_plain(room, hidden, teacher_hidden, head, temperature)
     torch.expm1(d, out=e)
@@ -257,12 +252,7 @@ def _reverse_kl_chunk(
     q, e, d = room
     if head.softcap is not None:
         return _reverse_kl_chunk_plain(room, hidden, teacher_hidden, head, temperature)
-    _fill(e, hidden, head, temperature)
-    torch.softmax(e, -1, out=q)
-    gap = hidden.to(e.dtype) - teacher_hidden.to(e.dtype)
-    _project(d, gap, head)
-    d.mul_(head.scale / temperature)
-    d.sub_(torch.mul(q, d, out=e).sum(-1, keepdim=True))
+    _centred((q, d, e), hidden, hidden, teacher_hidden, head, temperature)
     if d.amin() < -80:
         return _reverse_kl_chunk_plain(room, hidden, teacher_hidden, head, temperature)
     torch.expm1(torch.neg(d, out=e), out=e)
@@ -270,6 +260,27 @@ def _reverse_kl_chunk(
     second_order = torch.linalg.vecdot(q, e.add_(d)).double()
     loss = torch.where(r > 0.1, torch.log1p(r), second_order + (torch.log1p(r) - r)).sum()
     return loss, d.mul_(q)
+
+
+def _centred(
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    weighing: torch.Tensor,
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    head: Head,
+    temperature: float,
+) -> None:
+    """Write weights w and gap d `[n, V]` into the first two of `out`; the third is scratch.
+
+    w is the softmax of the logits of `weighing`, d = student logits - teacher logits, shifted so
+    that sum(w d) = 0.
+    """
+    w, d, e = out
+    _fill(e, weighing, head, temperature)
+    torch.softmax(e, -1, out=w)
+    _project(d, hidden.to(e.dtype) - teacher_hidden.to(e.dtype), head)
+    d.mul_(head.scale / temperature)
+    d.sub_(torch.mul(w, d, out=e).sum(-1, keepdim=True))
 
 
 def _reverse_kl_chunk_plain(

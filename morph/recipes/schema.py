@@ -7,7 +7,6 @@ Unknown, doubled and mistyped keys are errors that name the nearest key. No torc
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from morph import registry, strict
-from morph.errors import MorphError, RecipeError, UnknownName, UsageError, escape, nearest
+from morph.errors import MorphError, RecipeError, UnknownName, escape, nearest
 from morph.plan import Budget, Granularity, Unit
-from morph.recipes import _rules, _yaml
+from morph.recipes import _rules, _sets, _yaml
 
 TASKS = ("single_1", "single_2", "single_3", "multikey", "name_recall")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -194,6 +193,9 @@ class Recipe:
     out: str | None = None
 
 
+_MIXER = {f.name for f in fields(Mixer)}
+
+
 # --- Reading ------------------------------------------------------------------------------------
 
 
@@ -204,7 +206,7 @@ def load(path_or_name: str | Path, sets: Iterable[str] = ()) -> Recipe:
     a name that is not shipped, and whatever `load_text` raises.
     """
     data, where, lines = _read(path_or_name)
-    data, set_keys = _apply(data, sets)
+    data, set_keys = _sets.apply(data, sets, _MIXER)
     return from_data(data, where, lines | dict.fromkeys(set_keys, 0))
 
 
@@ -292,7 +294,7 @@ def apply_sets(data: Any, sets: Iterable[str]) -> Any:
     `distill.0.tokens=2M` a field of a stage. Values are read as YAML. Raises UsageError for a text
     that is not `key=value`, comes twice, or names a stage that does not exist.
     """
-    return _apply(data, sets)[0]
+    return _sets.apply(data, sets, _MIXER)[0]
 
 
 def dumps(recipe: Recipe) -> str:
@@ -437,67 +439,3 @@ def _range(name: str, value: float, where: str) -> None:
         ok, allowed = value >= 1, "at least 1"
     if not ok:
         raise RecipeError(f"{where}: {value} is out of range; it must be {allowed}.")
-
-
-# --- Setting single values ----------------------------------------------------------------------
-
-
-def _apply(data: Any, sets: Iterable[str]) -> tuple[Any, list[str]]:
-    """Return the changed copy, and the dotted names that were set as messages spell them."""
-    out, places = copy.deepcopy(data), []
-    for text in sets:
-        key, equals, value = text.partition("=")
-        steps = key.strip().split(".")
-        if not equals or not all(steps):
-            raise UsageError(
-                f"--set {escape(text)!r}: give key=value, such as mixer.window=512 or seed=1."
-            )
-        place = _put(out, _option_path(steps), _yaml.read(value, f"--set {escape(key)}")[0], key)
-        if place in places:
-            raise UsageError(f"--set {escape(key)}: set twice; give it once.")
-        places.append(place)
-    return out, places
-
-
-def _option_path(steps: list[str]) -> list[str]:
-    """Turn the user's dotted name into a path of the recipe."""
-    if len(steps) == 2 and steps[0] == "selector":
-        return ["select", "options", steps[1]]
-    if len(steps) == 2 and steps[0] == "mixer" and steps[1] not in {f.name for f in fields(Mixer)}:
-        return ["mixer", "options", steps[1]]
-    return steps
-
-
-def _put(data: Any, steps: list[str], value: Any, key: str) -> str:
-    """Set one value in place; return its dotted name as the loader spells it."""
-    place = ""
-    for i, step in enumerate(steps):
-        if not isinstance(data, (dict, list)):
-            raise UsageError(
-                f"--set {escape(key)}: {place or 'the recipe'} has no keys of its own."
-            )
-        at: Any = _stage(data, step, key) if isinstance(data, list) else step
-        place += f"[{at}]" if isinstance(data, list) else "." * bool(place) + escape(at, 60)
-        if i == len(steps) - 1:
-            data[at] = value
-        elif isinstance(data, dict):
-            data = data.setdefault(at, [] if place == "distill" else {})
-        else:
-            data = data[at]
-    return place
-
-
-def _stage(stages: list[Any], step: str, key: str) -> int:
-    losses = [str(s.get("loss", "")) if isinstance(s, dict) else "" for s in stages]
-    if re.fullmatch(r"[0-9]{1,4}", step) and int(step) < len(stages):
-        return int(step)
-    if losses.count(step) == 1:
-        return losses.index(step)
-    why = "is no entry"
-    hint = "" if step in ("align", "logits", "long") else nearest(step, losses)
-    if step in losses:
-        why = f"names more than one entry; give its number, such as distill.{losses.index(step)}"
-    names = ", ".join(f"{i} ({loss})" if loss else str(i) for i, loss in enumerate(losses))
-    raise UsageError(
-        f"--set {escape(key)}: {escape(step)!r} {why}.{hint} There are: {names or 'none'}."
-    )
