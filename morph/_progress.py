@@ -29,6 +29,60 @@ def training() -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
+def copying() -> Iterator[Callable[[int, int], None]]:
+    """Show how many bytes are written: a bar for people, a line every half minute elsewhere."""
+    began = last = time.monotonic()
+    shown: Any = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown, last
+        now = time.monotonic()
+        rate = done / max(now - began, 1e-9)
+        if not sys.stderr.isatty():
+            if now - last > PAUSE and done < total:
+                last = now
+                _say(
+                    f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB written, {rate / 1e6:,.0f} MB/s, "
+                    f"about {(total - done) / max(rate, 1):,.0f} s left"
+                )
+            return
+        if shown is None:
+            if now - began < 0.5:  # most are done before anyone could read it
+                return
+            shown = _copying_bar()
+        shown.update(0, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if shown is not None:
+            shown.stop()
+
+
+def _copying_bar() -> Any:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    bar = Progress(
+        "written",
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=_console(),
+        transient=True,
+    )
+    bar.add_task("written", total=1)
+    bar.start()
+    return bar
+
+
+@contextmanager
 def measuring() -> Iterator[Callable[[int, int], None]]:
     """Show how far a selector is: measurements done, and time left.
 

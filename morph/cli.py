@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from morph import terminal
+from morph import _cli_files, terminal
 from morph._flags import (
     BudgetOption,
     DryRun,
@@ -121,24 +121,6 @@ def env(as_json: Json = False) -> None:
 
     terminal.emit(pipeline.environment(), as_json, terminal.pairs)
     terminal.next_command(["list"])
-
-
-@app.command()
-def inspect(
-    model: Model,
-    health: Annotated[
-        bool, typer.Option("--health", help="Read all weights and look for NaN.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Show layers, mixers, heads, dtypes, ties, bytes and health of a checkpoint."""
-    from morph import checkpoint
-
-    found = checkpoint.inspect(checkpoint.resolve(model), health=health)
-    terminal.emit(found, as_json, terminal.inspection)
-    ours = "morph.json" in found["other_files"] or found["model_type"].startswith("morph_")
-    after = ["verify", model] if ours else ["score", model, "--selector", "uniform"]
-    terminal.next_command(after)
 
 
 @app.command()
@@ -518,25 +500,6 @@ def evaluate(
 
 
 @app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint folder.")],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against", metavar="MODEL", help="Its source: load both and compare logits too."
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Check a written checkpoint: manifest, structure, and, with --against, what it computes."""
-    from morph import pipeline
-
-    found = pipeline.verify_command(path, against, say=terminal.say)
-    terminal.emit(found, as_json, terminal.verified)
-    terminal.next_command(["inspect", str(path)])
-
-
-@app.command()
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or shipped name.")],
     out: Annotated[
@@ -562,6 +525,9 @@ def run(
         )
     terminal.emit(found, as_json, terminal.run)
     terminal.next_command(["verify", found["checkpoint"], "--against", found["model"]])
+
+
+_cli_files.add(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

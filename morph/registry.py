@@ -17,7 +17,7 @@ from typing import Any
 
 from morph.errors import CheckpointError, UnknownName, escape, nearest
 
-KINDS = ("families", "kernels", "mixers", "selectors", "recipes")
+KINDS = ("families", "layouts", "kernels", "mixers", "selectors", "recipes")
 ROOT = Path(__file__).parent
 
 

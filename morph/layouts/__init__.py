@@ -1,0 +1,1 @@
+"""Where a checkpoint file keeps its softmax attention, one file per architecture."""
