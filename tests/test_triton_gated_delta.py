@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from morph.kernels import _triton
+from morph.kernels import _triton, gated_delta
 from morph.testing import assert_close, error_ratio, exactly, poison_empty
 
 path = pytest.importorskip(
@@ -199,24 +199,57 @@ def test_strided_inputs() -> None:
         exactly("result", one, other)
 
 
+HALVES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
-def test_halves_are_at_most_twice_as_wrong_as_plain_torch(dtype: torch.dtype) -> None:
-    given = inputs(1000, 1, 2, 1, 128, 128)
+@HALVES
+@pytest.mark.parametrize("size", (16, 60, 64, 128, 256))
+def test_halves_forward_are_at_most_twice_as_wrong_as_plain_torch(
+    dtype: torch.dtype, size: int
+) -> None:
+    given = inputs(1000, 1, 2, 1, size, size)
     given = {n: x.to(dtype).double() if n in "qkv" else x for n, x in given.items()}
+    right, rough = recurrence(**given), recurrence(**{n: x.to(dtype) for n, x in given.items()})
+    low = {n: x.to(dtype if n in "qkv" else torch.float32) for n, x in given.items()}
+    for name, exact, plain, x in zip(("o", "last"), right, rough, chunked(**low), strict=True):
+        bound = max(2 * error_ratio(exact, plain), 2**-8)
+        assert error_ratio(exact, x) <= bound, name
+
+
+@pytest.mark.gpu
+@HALVES
+def test_gradients_in_halves_are_not_asked_of_these_kernels(dtype: torch.dtype) -> None:
+    """They were wrong or faulted on an H100 with Triton 3.6; see RESULTS.md."""
+    given = {n: x.to(DEVICE, dtype) for n, x in inputs(40, 1, 2, 1, 64, 64).items()}
+    q, k, v, g, beta = (given[n] for n in NAMES[:5])
+    assert gated_delta.unsupported("triton", q, k, v) == ""
+    for leaf in (q, g):
+        leaf.requires_grad_()
+        assert "16 bits" in gated_delta.unsupported("triton", q, k, v, g, beta)
+        with torch.no_grad():
+            assert gated_delta.unsupported("triton", q, k, v, g, beta) == ""
+        leaf.requires_grad_(False)
+    given = {n: x.to(dtype).double() for n, x in inputs(40, 1, 2, 1, 64, 64).items()}
     right = both(recurrence, given, all_of(torch.float64))
-    rough = both(recurrence, given, all_of(dtype))
-    for name, x in both(chunked, given, all_of(dtype, torch.float32)).items():
-        bound = max(2 * error_ratio(right[name], rough[name]), 2**-8)
-        assert error_ratio(right[name], x) <= bound, name
+
+    def forward(state: torch.Tensor, **named: torch.Tensor) -> Any:
+        there = {n: x.to(DEVICE) for n, x in named.items()}
+        o, last = gated_delta.forward(
+            **there, initial_state=state.to(DEVICE), output_final_state=True
+        )
+        return o.cpu(), last.cpu()
+
+    for name, x in both(forward, given, all_of(dtype, torch.float32)).items():
+        assert error_ratio(right[name], x) <= 2e-2, name
 
 
 @pytest.mark.gpu
 def test_a_hundred_runs_are_equal() -> None:
     given = inputs(1000, 1, 4, 2, 128, 128)
-    first = both(chunked, given, all_of(torch.bfloat16, torch.float32))
+    first = both(chunked, given, all_of(torch.float32))
     for _ in range(99):
-        for name, x in both(chunked, given, all_of(torch.bfloat16, torch.float32)).items():
+        for name, x in both(chunked, given, all_of(torch.float32)).items():
             exactly(name, first[name], x)
 
 

@@ -10,9 +10,11 @@ state three times. Training keeps one [B, T, H, V] tensor and computes the rest 
 State: [B, H, K, V] float32 (float64 where q is), whatever the dtype of q.
 Paths: triton; fla (flash-linear-attention on a GPU, where it gives the same answer sooner); chunked
 (products inside chunks, a recurrence between them); reference (token by token).
-Known limits: no second derivatives on the fast paths. g above 0 and beta outside [0, 1] are not
-refused (it would cost a synchronisation); the chunked path takes the decay between two tokens of a
-chunk as at most 1, and g below -750 as -750, which forgets everything.
+Known limits: no second derivatives on the fast paths. Gradients in bfloat16 and float16 are not
+taken from the Triton path: on a real GPU they were wrong for some head sizes; the other paths
+serve. g above 0 and beta outside [0, 1] are not refused (it would cost a synchronisation); the
+chunked path takes the decay between two tokens of a chunk as at most 1, and g below -750 as -750,
+which forgets everything.
 Reference: Yang et al., Gated Delta Networks, arXiv 2412.06464, without its convolutions, norms and
 output gate, which are the mixer's; the chunked path solves for the writes themselves, not for the
 two factors of the WY form.
@@ -30,6 +32,8 @@ from morph.kernels import _checks, _delta, _fla, _triton
 PATHS = ("triton", "fla", "chunked")
 CHUNK = 64
 _TRITON_SIZE = 256
+# Seen with Triton 3.6 on an H100 (RESULTS.md); the same kernels are right in float32, and forwards
+_WRONG = "gradients in 16 bits came out wrong on a GPU; float32 is right, and so is inference."
 # Settings under which the laws of tests/test_kernels.py hold this kernel
 EXAMPLES: dict[str, dict[str, Any]] = {"gated": {}, "no_decay": {"decay": 0.0}}
 
@@ -57,7 +61,7 @@ def forward(
     run.
     """
     _check(q, k, v, g, beta, padding, initial_state)
-    reasons = {name: unsupported(name, q, k, v) for name in PATHS}
+    reasons = {name: unsupported(name, q, k, v, g, beta, initial_state) for name in PATHS}
     batch, tokens, heads, size = q.shape
     with torch.autocast(q.device.type, enabled=False):
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -89,6 +93,10 @@ def unsupported(path: str, q: torch.Tensor, *args: Any, **options: Any) -> str:
     largest = max(q.shape[-1], v.shape[-1])
     if largest > _TRITON_SIZE:
         return f"the head size is {largest}; the Triton kernels take up to {_TRITON_SIZE}."
+    given = [x for x in (q, *args, *options.values()) if isinstance(x, torch.Tensor)]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if learns and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _WRONG
     return _triton.reason(q)
 
 
