@@ -11,12 +11,13 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from morph import strict
-from morph.errors import PlanError
+from morph.errors import PlanError, escape
 
 Granularity = Literal["layer", "kv_head", "head"]
 Fusion = Literal["none", "scale"]
@@ -126,7 +127,7 @@ class HeadGroup:
         if not self.heads:
             raise PlanError(f"a head group of mixer {self.mixer!r} has no heads.")
         if list(self.heads) != sorted(set(self.heads)):
-            raise PlanError(f"heads {list(self.heads)} must be listed once each, in order.")
+            raise PlanError(f"heads {escape(list(self.heads))} must be listed once each, in order.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,10 +258,10 @@ class Budget:
             return cls(full_layers=int(value), **pins)
         except PlanError:
             raise
-        except (ValueError, ZeroDivisionError) as error:
+        except (ValueError, ArithmeticError) as error:
             raise PlanError(
-                f"budget {text!r} is not understood. Give layers (7), a share (1/4, 0.25, 25%) "
-                "or cache bytes per token (4096B)."
+                f"budget '{escape(text, 60)}' is not understood. Give layers (7), a share (1/4, "
+                "0.25, 25%) or cache bytes per token (4096B)."
             ) from error
 
 
@@ -287,10 +288,11 @@ class Plan:
                     f"layer {i}: head {wrong[0]} does not exist; this model has "
                     f"{shape.num_attention_heads} query heads (0-{shape.num_attention_heads - 1})."
                 )
-            if sorted(seen) != list(range(shape.num_attention_heads)):
+            # all are in range; counted first, for a file may claim any number of heads
+            if len(seen) != shape.num_attention_heads or len(set(seen)) != len(seen):
                 raise PlanError(
                     f"layer {i}: every one of the {shape.num_attention_heads} heads must be in "
-                    f"exactly one group; got {sorted(seen)}."
+                    f"exactly one group; got {escape(sorted(seen))}."
                 )
 
     @property
@@ -430,11 +432,11 @@ def loads_plan(text: str, where: str = "plan") -> Plan:
 
 def _json(text: str, where: str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [k for k, _ in items]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise PlanError(f"{where}: key {key!r} appears twice.")
-        return dict(items)
+        found = dict(items)
+        if len(found) < len(items):
+            twice = Counter(key for key, _ in items).most_common(1)[0][0]
+            raise PlanError(f"{where}: key '{escape(twice)}' appears twice.")
+        return found
 
     try:
         return json.loads(text, object_pairs_hook=pairs)

@@ -12,6 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from morph.errors import MorphError, RecipeError, escape, nearest
@@ -35,7 +36,7 @@ def build(cls: type[T], data: Any, where: str = "", error: type[MorphError] = Re
                 f"{_join(where, key)}: unknown key.{nearest(str(key), fields)} "
                 f"Allowed: {', '.join(sorted(fields)) or 'none'}."
             )
-    hints = typing.get_type_hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     values = {k: convert(hints[k], v, _join(where, k), error) for k, v in data.items()}
     missing = [
         n
@@ -89,6 +90,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [plain(v) for v in value]
     return value
+
+
+@lru_cache(maxsize=256)
+def _hints(cls: Any) -> dict[str, Any]:
+    # evaluated anew each time by typing, which takes seconds for a list of thousands
+    return typing.get_type_hints(cls)
 
 
 def _is_mapping(origin: Any) -> bool:
@@ -155,12 +162,14 @@ def _count(value: Any) -> int | None:
 
 
 def _real(value: Any) -> float | None:
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+)/([1-9]\d*)", value)
-        if match:
-            return int(match[1]) / int(match[2])
+    try:
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, str):
+            match = re.fullmatch(r"(\d{1,400})/([1-9]\d{0,400})", value)
+            return int(match[1]) / int(match[2]) if match else None
+    except OverflowError:  # an integer beyond 1.8e308
+        return math.inf
     return None
 
 

@@ -292,8 +292,12 @@ def evaluation(found: Any) -> None:
     made = report.table(found)
     made.caption = None  # as wide as the table, which may be narrow
     show(made)
+    _notes(found.notes)
+
+
+def _notes(notes: Sequence[str]) -> None:
     width = shutil.get_terminal_size().columns
-    for note in found.notes:
+    for note in notes:
         print(textwrap.fill(f"note: {escape(note, 1000)}", width, subsequent_indent="  "))
 
 
@@ -309,5 +313,12 @@ def run(found: Mapping[str, Any]) -> None:
     if found.get("evaluation") is not None:
         evaluation(found["evaluation"])
         print()
-    pairs({k: v for k, v in found.items() if k not in ("evaluation", "load", "serve")})
+    if found.get("repair") is not None:
+        from morph import report
+
+        show(report.repair_table(found["repair"]))
+        _notes([report.repair_conclusion(found["repair"]), *found["repair"].notes])
+        print()
+    apart = ("evaluation", "repair", "load", "serve")
+    pairs({k: v for k, v in found.items() if k not in apart})
     _use(found)

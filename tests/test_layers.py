@@ -16,27 +16,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "morph"
 
 FLOORS = {
-    "errors": 0, "strict": 0, "_autoload": 0, "_processes": 0,
+    "errors": 0, "strict": 0, "_autoload": 0, "_processes": 0, "_sandbox": 0,
     "registry": 1, "plan": 1, "selection": 1, "recipes": 1, "exchange": 1,
     "kernels": 2,
     "families": 3, "layouts": 3, "cache": 3, "documents": 3, "data": 3, "passkeys": 3,
-    "evaluation": 3, "comparison": 3, "_tiny": 3,
+    "evaluation": 3, "comparison": 3, "reasoning": 3, "repair": 3, "_tiny": 3,
     "mixers": 4,
     "selectors": 5, "surgery": 5, "checkpoint": 5, "modeling": 5, "distill": 5, "evaluate": 5,
-    "restore": 5, "report": 5, "testing": 5, "_planted": 5,
+    "restore": 5, "difference": 5, "report": 5, "testing": 5, "_planted": 5,
     "pipeline": 6, "terminal": 6, "_progress": 6, "_flags": 6, "_terminal_files": 6,
     "cli": 7, "_cli_files": 7,
-    "__main__": 7, "_fresh": 7, "_reference": 7,  # entry points of processes
+    "__main__": 7, "_fresh": 7, "_reference": 7, "_unpickle": 7,  # entry points of processes
 }  # fmt: skip
 PACKAGE = 0  # `from morph import __version__`
 
 SIDEWAYS = {
     ("strict", "errors"), ("plan", "registry"), ("selection", "plan"), ("recipes", "plan"),
     ("recipes", "registry"), ("exchange", "plan"), ("exchange", "recipes"),
-    ("layouts", "families"), ("restore", "checkpoint"), ("cli", "_cli_files"),
+    ("layouts", "families"), ("restore", "checkpoint"), ("difference", "checkpoint"),
+    ("cli", "_cli_files"),
     ("selectors", "surgery"), ("modeling", "surgery"), ("evaluate", "surgery"),
     ("_planted", "surgery"), ("testing", "_planted"),
-    ("passkeys", "data"), ("data", "documents"), ("terminal", "_progress"),
+    ("passkeys", "data"), ("reasoning", "data"), ("repair", "evaluation"),
+    ("data", "documents"), ("terminal", "_progress"),
     ("_terminal_files", "terminal"),
     ("__main__", "cli"), ("_reference", "_fresh"),
 }  # fmt: skip
@@ -47,7 +49,16 @@ HEAVY = {"torch", "transformers", "triton", "accelerate", "matplotlib", "peft", 
 # What each may import from outside, where that is short enough to list
 ONLY = {name: {"yaml"} for name, floor in FLOORS.items() if floor <= 1}
 ONLY["kernels"] = {"torch", "triton"}
-WITHOUT_HEAVY = {"families", "layouts", "evaluation", "comparison", "checkpoint", "restore"}
+WITHOUT_HEAVY = {
+    "families",
+    "layouts",
+    "evaluation",
+    "comparison",
+    "checkpoint",
+    "restore",
+    "difference",
+    "repair",
+}
 
 
 def imports(source: str, module: str) -> list[tuple[int, str]]:

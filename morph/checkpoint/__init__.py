@@ -8,15 +8,21 @@ from morph.checkpoint._folder import clean_config, disagreements
 from morph.checkpoint._format import TensorInfo, dump_json, load_json
 from morph.checkpoint._hub import resolve
 from morph.checkpoint._inspect import inspect
-from morph.checkpoint._read import Checkpoint, to_float
-from morph.checkpoint._staging import Staging, check_output
+from morph.checkpoint._output import check_output
+from morph.checkpoint._patch import Patched, Splice, patch_folder
+from morph.checkpoint._read import Checkpoint
+from morph.checkpoint._staging import Staging
 from morph.checkpoint._verify import verify, verify_manifest
+from morph.checkpoint._weights import Weights, to_float
 from morph.checkpoint._write import Written, kept_equal, write_checkpoint
 
 __all__ = [
     "Checkpoint",
+    "Patched",
+    "Splice",
     "Staging",
     "TensorInfo",
+    "Weights",
     "Written",
     "check_output",
     "clean_config",
@@ -25,6 +31,7 @@ __all__ = [
     "inspect",
     "kept_equal",
     "load_json",
+    "patch_folder",
     "resolve",
     "to_float",
     "verify",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from morph import registry
 from morph.checkpoint._format import (
@@ -19,9 +20,10 @@ from morph.checkpoint._format import (
     open_regular,
     read_small,
 )
-from morph.errors import CheckpointError, UnsupportedModel, escape
+from morph.errors import CheckpointError, escape
 
 SINGLE, INDEX, MANIFEST = "model.safetensors", "model.safetensors.index.json", "MANIFEST.json"
+ADAPTER = "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # never copied: code, pickles, and weights in formats that morph does not check
 NOT_COPIED = (
@@ -71,8 +73,13 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) and "num_hidden_layers" not in config else config
 
 
-def disagreements(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return sentences that say where config.json contradicts itself or the tensors."""
+def disagreements(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], absent: Iterable[str] = ()
+) -> list[str]:
+    """Return sentences that say where config.json contradicts itself or the tensors.
+
+    `absent` are names of tensors in files that are not here.
+    """
     text, found = text_config(config), []
     sizes = {}
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
@@ -92,7 +99,8 @@ def disagreements(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     if found:
         return found
     layers = sizes["num_hidden_layers"]
-    stored = {int(m[1]) for m in map(LAYER.match, tensors) if m and len(m[1]) < 10}
+    names = [*tensors, *absent]
+    stored = {int(m[1]) for m in map(LAYER.match, names) if m and len(m[1]) < 10}
     extra = text.get("num_nextn_predict_layers")
     extra = extra if type(extra) is int and 0 < extra < 100 else 0
     if stored and (max(stored) + 1 > layers + extra or len(stored) < layers):
@@ -175,17 +183,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def find_shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None, list[str]]:
-    """Return shard names, the index's weight map if it is used, and notes."""
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """Names of the weight files of a folder, and what the index, if one is used, says of them."""
+
+    names: tuple[str, ...]
+    index: str = ""
+    weight_map: Mapping[str, str] | None = None
+    absent: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def find_shards(folder: Path, *, partial: bool = False, adapters: bool = False) -> Shards:
+    """Return the weight files of a folder; `partial` allows that some are not here."""
     single, index = folder / SINGLE, folder / INDEX
     if os.path.lexists(single):
-        notes = []
+        notes: tuple[str, ...] = ()
         if os.path.lexists(index):
-            notes.append(
-                f"Both {SINGLE} and {INDEX} exist: the single file is used, as by transformers."
+            notes = (
+                f"Both {SINGLE} and {INDEX} exist: the single file is used, as by transformers.",
             )
-        return (SINGLE,), None, notes
+        return Shards(names=(SINGLE,), notes=notes)
     if not os.path.lexists(index):
+        if adapters and os.path.lexists(folder / ADAPTER):
+            return Shards(names=(ADAPTER,))
         _no_weights(folder)
     where = escape(index)
     data = load_json(read_small(folder, INDEX, MAX_JSON["index"]), where)
@@ -202,33 +223,38 @@ def find_shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None, l
         check_basename(name, where)
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{where}: '{escape(name)}' is no .safetensors file.")
-    missing = [n for n in shards if not os.path.lexists(folder / n)]
-    if missing:
+    # a download that was stopped leaves links to blobs that never came
+    here = (lambda n: (folder / n).exists()) if partial else (lambda n: os.path.lexists(folder / n))
+    missing = tuple(n for n in shards if not here(n))
+    if missing and (not partial or len(missing) == len(shards)):
         raise CheckpointError(
             f"{escape(folder)}: {len(missing)} of {len(shards)} shards are missing, such as "
             f"{escape(missing[0])}. Is the download complete?"
         )
-    return shards, weight_map, []
+    names = tuple(n for n in shards if n not in missing)
+    return Shards(names=names, index=INDEX, weight_map=weight_map, absent=missing)
 
 
-def _no_weights(folder: Path) -> None:
+def _no_weights(folder: Path) -> NoReturn:
     names = sorted(p.name for p in folder.iterdir())
     pickles = [n for n in names if n.endswith(PICKLES)]
+    if ADAPTER in names:
+        raise CheckpointError(f"{escape(folder)} is a LoRA adapter: merge it into its base first.")
     if pickles:
         raise CheckpointError(
             f"{escape(folder)} has only pickle weights ({escape(pickles[0], 60)}), which can run "
-            "code and are not opened. Convert them to safetensors first, for example with "
-            "huggingface.co/spaces/safetensors/convert."
+            f"code and are not opened. Convert them first: `morph convert-pickle {escape(folder)} "
+            "OUT`."
         )
-    if "adapter_model.safetensors" in names:
-        raise CheckpointError(f"{escape(folder)} is a LoRA adapter: merge it into its base first.")
     raise CheckpointError(f"{escape(folder)} has no weights: neither {SINGLE} nor {INDEX}.")
 
 
 def collect_tensors(
-    folder: Path, headers: Mapping[str, Header], weight_map: Mapping[str, str] | None
-) -> dict[str, TensorInfo]:
+    folder: Path, headers: Mapping[str, Header], found: Shards
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors of all headers, compared with the index, and name -> absent shard."""
     tensors: dict[str, TensorInfo] = {}
+    absent: dict[str, str] = {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():
             if name in tensors:
@@ -237,41 +263,38 @@ def collect_tensors(
                     f"{escape(tensors[name].file.name)} and {escape(shard)}."
                 )
             tensors[name] = info
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if name not in tensors or tensors[name].file.name != shard:
+    if found.weight_map is not None:
+        for name, shard in found.weight_map.items():
+            if shard in found.absent and name not in tensors:
+                absent[name] = shard
+            elif name not in tensors or tensors[name].file.name != shard:
                 raise CheckpointError(
                     f"{escape(folder / INDEX)} puts tensor '{escape(name, 80)}' into "
                     f"{escape(shard)}, which does not hold it."
                 )
         for name, info in tensors.items():
-            if name not in weight_map:
+            if name not in found.weight_map:
                 raise CheckpointError(
                     f"{escape(info.file)} holds tensor '{escape(name, 80)}', which {INDEX} does "
                     "not list."
                 )
     if not tensors:
         raise CheckpointError(f"{escape(folder)}: the weights hold no tensors.")
-    return dict(sorted(tensors.items()))
+    return dict(sorted(tensors.items())), dict(sorted(absent.items()))
 
 
-def refuse_quantised(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> None:
-    advice = "Convert the unquantised model, and quantise the result."
+def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """Return what shows that weights are quantised, or an empty string."""
     for place in (config, text_config(config)):
         for key in ("quantization_config", "compression_config"):
             if place.get(key) is not None:
-                raise UnsupportedModel(
-                    f"{escape(folder)} is quantised (config.json: {key}). {advice}"
-                )
+                return f"config.json: {key}"
     for name, info in tensors.items():
-        narrow = info.dtype.startswith(("F8", "F6")) or info.dtype in _QUANT_DTYPES
+        narrow = info.dtype.startswith(("F8", "F6_")) or info.dtype in _QUANT_DTYPES
         weight = name.endswith("weight") and len(info.shape) >= 2
         if _QUANT_NAMES.fullmatch(name) or (narrow and weight):
-            raise UnsupportedModel(
-                f"{escape(folder)} is quantised ({escape(name, 80)} is {info.dtype}). {advice}"
-            )
+            return f"{escape(name, 80)} is {info.dtype}"
+    return ""
 
 
 def side_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

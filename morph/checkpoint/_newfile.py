@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from morph.checkpoint._format import MIB, read_at
+from morph.checkpoint._format import MIB
+from morph.checkpoint._linux import clone, reserve
 from morph.errors import CheckpointError, MorphError, StorageError, escape
 
 STEP = 8 * MIB
+BLOCK = MIB // 4  # stays in the cache of the core
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _ADVICE = {
     errno.ENOSPC: "The disk is full: free some space, or write elsewhere.",
@@ -28,7 +30,7 @@ _ADVICE = {
 
 @contextmanager
 def storage_errors(where: Path) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what to do; nothing stays behind."""
+    """Turn an OSError into a StorageError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -38,13 +40,28 @@ def storage_errors(where: Path) -> Iterator[None]:
 
 
 class NewFile:
-    """A file that grows at its end; its sha256 is taken while it grows, by reading it back."""
+    """A file whose bytes become final from its start to its end.
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path, self.size = path, 0
+    `size` counts the final bytes; they are read back and hashed while more follow. `share` says
+    whether blocks may be shared with the files that are copied from.
+    """
+
+    def __init__(self, path: Path, fd: int, share: bool = True) -> None:
+        self.path, self.size, self.share = path, 0, share
         self._fd: int | None = fd
         self._grown = threading.Condition()
-        self._complete = self._abandoned = False
+        self._complete = self._abandoned = self._cloned = False
+
+    def reserve(self, size: int) -> None:
+        """Take the space of the whole file at once, where the file system can."""
+        assert self._fd is not None
+        reserve(self._fd, size)
+
+    def clone(self, fd: int) -> bool:
+        """Share all blocks of another open file, so that its bytes need only be kept."""
+        assert self._fd is not None
+        self._cloned = self.share and clone(fd, self._fd)
+        return self._cloned
 
     def append(self, data: bytes | memoryview) -> None:
         """Write all of `data`."""
@@ -56,6 +73,21 @@ class NewFile:
             done += step
             self._advance(step)
 
+    def zeros(self, count: int) -> None:
+        """Write zeros."""
+        block = memoryview(bytes(min(count, BLOCK)))
+        for at in range(0, count, BLOCK):
+            self.append(block[: count - at])
+
+    def keep(self, fd: int, path: Path, stop: int, done: Callable[[int], object]) -> None:
+        """Go on to `stop` with the bytes that the other file has at the same place."""
+        if self._cloned:
+            count = stop - self.size
+            self._advance(count)
+            done(count)
+        else:
+            self.copy(fd, path, self.size, stop - self.size, done)
+
     def copy(
         self, fd: int, path: Path, start: int, count: int, done: Callable[[int], object]
     ) -> None:
@@ -63,33 +95,41 @@ class NewFile:
 
         `done` is told the bytes of every step. Raises CheckpointError where `path` ends early.
         """
-        assert self._fd is not None
-        stop, kernel = start + count, hasattr(os, "copy_file_range")
+        stop, kernel = start + count, self.share and hasattr(os, "copy_file_range")
+        buffer = memoryview(b"")
         while start < stop:
             if kernel:
-                try:
-                    step = os.copy_file_range(
-                        fd, self._fd, min(stop - start, STEP), start, self.size
-                    )
-                except OSError as error:
-                    if error.errno not in _NO_KERNEL_COPY:
-                        raise
+                step = self._kernel_copy(fd, path, start, min(stop - start, STEP))
+                if step < 0:
                     kernel = False
                     continue
-                if step == 0:
-                    raise CheckpointError(f"{escape(path)} ended early: was it changed?")
                 self._advance(step)
             else:
-                step = min(stop - start, MIB)
-                self.append(read_at(fd, start, step, path))
+                buffer = buffer or memoryview(bytearray(min(count, MIB)))
+                step = _read_into(fd, path, start, buffer[: stop - start])
+                self.append(buffer[:step])
+            if step == 0:
+                raise CheckpointError(f"{escape(path)} ended early: was it changed?")
             start += step
             done(step)
+
+    def _kernel_copy(self, fd: int, path: Path, start: int, count: int) -> int:
+        """Return the bytes that were copied, -1 where the kernel cannot."""
+        assert self._fd is not None
+        try:
+            return os.copy_file_range(fd, self._fd, count, start, self.size)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return -1
+            if error.errno == errno.EIO:  # of reading or of writing: the system does not say
+                error.filename = f"{path} or {self.path}"
+            raise
 
     def digest(self) -> str:
         """Return the sha256 of the finished file; runs beside the writing."""
         digest, at = hashlib.sha256(), 0
-        buffer = memoryview(bytearray(MIB // 4))  # stays in the cache of the core
-        with open(self.path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(BLOCK))
+        with storage_errors(self.path), open(self.path, "rb", buffering=0) as file:
             while True:
                 with self._grown:
                     self._grown.wait_for(
@@ -136,3 +176,22 @@ class NewFile:
         with self._grown:
             self.size += count
             self._grown.notify_all()
+
+
+def _read_into(fd: int, path: Path, start: int, buffer: memoryview) -> int:
+    try:
+        return os.preadv(fd, [buffer], start)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def file_digest(path: Path, stop: threading.Event) -> str:
+    """Return the sha256 of a file; raise MorphError once `stop` is set."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stop.is_set():
+                raise MorphError("abandoned")
+            digest.update(buffer[:count])
+    return digest.hexdigest()

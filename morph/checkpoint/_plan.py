@@ -17,7 +17,8 @@ from morph.checkpoint._format import (
     encode_header,
     natural,
 )
-from morph.checkpoint._read import Checkpoint, to_float
+from morph.checkpoint._read import Checkpoint
+from morph.checkpoint._weights import to_float
 from morph.errors import CheckpointError, escape, nearest
 
 if TYPE_CHECKING:  # loaded where arrays are at hand, so that `morph inspect` starts fast

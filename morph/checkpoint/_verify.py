@@ -19,7 +19,7 @@ def verify_manifest(path: str | os.PathLike[str]) -> list[str]:
     Reads every file once. Raises CheckpointError where there is no usable manifest.
     """
     folder = find_folder(path)
-    files = _entries(folder)
+    files = manifest_entries(folder)
     problems = []
     for name, entry in sorted(files.items()):
         problem = _compare(folder, name, entry)
@@ -46,7 +46,8 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint.open(path)
 
 
-def _entries(folder: Path) -> dict[str, Any]:
+def manifest_entries(folder: Path) -> dict[str, Any]:
+    """Return name -> {bytes, sha256} of a folder's MANIFEST.json; raise CheckpointError."""
     if not os.path.lexists(folder / MANIFEST):
         raise CheckpointError(
             f"{escape(folder)} has no {MANIFEST}: it was not written by morph, or is incomplete."

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from morph import strict
+from morph.checkpoint._copying import (
+    PROVENANCE,
+    Meter,
+    copy_side_files,
+    identities,
+    reading,
+    side_copies,
+)
 from morph.checkpoint._folder import INDEX, MANIFEST, clean_config, disagreements
 from morph.checkpoint._format import (
     MIB,
     TensorInfo,
     check_basename,
     dump_json,
-    identity,
-    open_regular,
     read_at,
 )
 from morph.checkpoint._plan import MoveLike, NewTensor, Piece, Shard, kept_pieces, plan_shards
@@ -25,7 +32,6 @@ from morph.checkpoint._read import Checkpoint
 from morph.checkpoint._staging import Staging
 from morph.errors import CheckpointError, VerificationFailed, escape
 
-PROVENANCE, CARD, SOURCE_CARD = "morph.json", "README.md", "README.source.md"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -34,7 +40,8 @@ class Written:
     """A finished checkpoint: its folder, sha256 of every file, and what was left out on purpose.
 
     `kept` are target tensors whose bytes come from the source, `made` all others. `not_copied`
-    are files of the source, `dropped_keys` keys of its config that choose code.
+    are files of the source, `dropped_keys` keys of its config that choose code, `resumed` files
+    that an earlier run had finished.
     """
 
     path: Path
@@ -45,6 +52,7 @@ class Written:
     dropped: Mapping[str, str]
     not_copied: tuple[str, ...]
     dropped_keys: tuple[str, ...]
+    resumed: tuple[str, ...]
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -85,8 +93,10 @@ def write_checkpoint(
     `verify(folder)` runs on the complete hidden folder just before the rename; what it raises
     stops the write. `progress(done, total)` counts bytes.
 
-    Raises CheckpointError where tensors are unaccounted for or the source changes, OutputExists,
-    UsageError, StorageError (nothing is left behind). Same inputs give the same bytes.
+    After Ctrl-C (Interrupted), a kill or a StorageError the same call goes on from the files that
+    were finished; what another call left is dropped. Raises CheckpointError where tensors are
+    unaccounted for or the source changes, OutputExists, UsageError. Same inputs give the same
+    bytes.
     """
     conflict = source.tie_conflict()
     if conflict:
@@ -101,22 +111,25 @@ def write_checkpoint(
         dict(given or {}),
     )
     texts = _texts(config, provenance, extra_files or {}, shards, auto_map)
-    copies, not_copied = _side_copies(source, set(texts), set(skip_files))
+    copies, not_copied = side_copies(source, set(texts) | {PROVENANCE}, set(skip_files))
     inputs = {source.path} | {
         p.data.file.parent for s in shards for p in s.pieces if isinstance(p.data, TensorInfo)
     }
     sizes = [s.nbytes for s in shards] + [len(t) for t in texts.values()]
     sizes += [(source.path / name).stat().st_size for name in copies.values()]
-    meter = _Meter(sum(sizes), progress)
+    meter = Meter(sum(sizes), progress)
     with Staging(
-        out, inputs=sorted(inputs), need=sum(sizes), force=force, durable=durable
+        out,
+        inputs=sorted(inputs),
+        need=sum(sizes),
+        force=force,
+        durable=durable,
+        key=_key(source, shards, copies),
+        restart=True,
     ) as stage:
         for shard in shards:
             _write_shard(stage, source, shard, meter)
-        for name, original in sorted(copies.items()):
-            with stage.create(name) as target, _reading(source.path, original) as fd:
-                size = os.fstat(fd).st_size
-                target.copy(fd, source.path / original, 0, size, meter.add)
+        copy_side_files(stage, source, copies, meter)
         for name in sorted(texts):
             stage.write(name, texts[name])
             meter.add(len(texts[name]))
@@ -132,6 +145,7 @@ def write_checkpoint(
         dropped=dict(dropped or {}),
         not_copied=not_copied,
         dropped_keys=source.dropped_keys,
+        resumed=tuple(sorted(stage.resumed)),
     )
 
 
@@ -165,7 +179,7 @@ def _same_bytes(source: Checkpoint, piece: Piece, out: Checkpoint, info: TensorI
     assert isinstance(place, TensorInfo)
     if (piece.dtype, piece.shape) != (info.dtype, info.shape):
         return False
-    with _reading(source.path, place.file.name) as a, _reading(out.path, info.file.name) as b:
+    with reading(source.path, place.file.name) as a, reading(out.path, info.file.name) as b:
         for at in range(0, info.nbytes, 4 * MIB):
             count = min(4 * MIB, info.nbytes - at)
             left = read_at(a, place.start + at, count, place.file)
@@ -205,34 +219,37 @@ def _texts(
     return texts
 
 
-def _side_copies(
-    source: Checkpoint, texts: set[str], skip: set[str]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return output name -> source name of side files, and what is not copied."""
-    names = set(source.other_files)
-    copies = {n: n for n in names if n not in skip | texts | {MANIFEST, PROVENANCE}}
-    if CARD in names and CARD in texts and SOURCE_CARD not in names:
-        copies[SOURCE_CARD] = CARD
-    left = names - set(copies.values()) - {MANIFEST, PROVENANCE}
-    return copies, tuple(sorted(left | set(source.ignored_files)))
+def _key(source: Checkpoint, shards: Iterable[Shard], copies: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the bytes that come from files are made from.
+
+    Those that come from memory are not in it: a file that is there already is compared with them.
+    """
+    places = [
+        (shard.name, piece.data.file, piece.data.start, piece.data.stop)
+        for shard in shards
+        for piece in shard.pieces
+        if isinstance(piece.data, TensorInfo)
+    ]
+    donors = {file for _, file, _, _ in places if file.parent != source.path}
+    headers = {s.name: hashlib.sha256(s.header).hexdigest() for s in shards}
+    layout = [(name, str(file), start, stop) for name, file, start, stop in places]
+    return {
+        "format": 1,
+        "files": identities(source, copies.values(), donors),
+        "headers": headers,
+        "copies": dict(copies),
+        "places": hashlib.sha256(repr(layout).encode()).hexdigest(),
+    }
 
 
-class _Meter:
-    """Bytes done, told to the caller's `progress`."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], object] | None) -> None:
-        self.total, self.done, self.progress = total, 0, progress
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-def _write_shard(stage: Staging, source: Checkpoint, shard: Shard, meter: _Meter) -> None:
+def _write_shard(stage: Staging, source: Checkpoint, shard: Shard, meter: Meter) -> None:
     """Write header and data; tensors that follow each other in the source are copied as one."""
+    if stage.reuse(shard.name, shard.nbytes, lambda path: _has(path, shard)):
+        meter.add(shard.nbytes)
+        return
     with stage.create(shard.name) as target, ExitStack() as stack:
         files: dict[Path, int] = {}
+        target.reserve(shard.nbytes)
         target.append(shard.header)
         meter.add(len(shard.header))
         for run in _runs(shard.pieces):
@@ -244,9 +261,26 @@ def _write_shard(stage: Staging, source: Checkpoint, shard: Shard, meter: _Meter
                 known = source.headers.get(run.file.name)
                 expect = known.identity if known and run.file.parent == source.path else None
                 files[run.file] = stack.enter_context(
-                    _reading(run.file.parent, run.file.name, expect)
+                    reading(run.file.parent, run.file.name, expect)
                 )
             target.copy(files[run.file], run.file, run.start, run.nbytes, meter.add)
+
+
+def _has(path: Path, shard: Shard) -> bool:
+    """Return whether a file has the header and, in their places, the pieces that are in memory."""
+    with open(path, "rb", buffering=0) as file:
+        at = len(shard.header)
+        if read_at(file.fileno(), 0, at, path) != shard.header:
+            return False
+        for piece in shard.pieces:
+            if not isinstance(piece.data, TensorInfo):
+                view = _buffer(piece)
+                for start in range(0, len(view), MIB):
+                    block = view[start : start + MIB]
+                    if read_at(file.fileno(), at + start, len(block), path) != block:
+                        return False
+            at += piece.nbytes
+    return True
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterator[TensorInfo | Piece]:
@@ -282,23 +316,6 @@ def _buffer(piece: Piece) -> memoryview:
             f"tensor '{escape(piece.target)}' needs {piece.nbytes} bytes, got {len(view)}."
         )
     return view
-
-
-@contextmanager
-def _reading(
-    root: Path, name: str, expect: tuple[int, int, int, int] | None = None
-) -> Iterator[int]:
-    """Open a source file, and check at the end that it is still the one that was opened."""
-    fd = open_regular(root, name)
-    try:
-        before = identity(fd)
-        if expect is not None and before != expect:
-            raise CheckpointError(f"{escape(root / name)} was changed since it was opened.")
-        yield fd
-        if identity(fd) != before:
-            raise CheckpointError(f"{escape(root / name)} was changed while it was being copied.")
-    finally:
-        os.close(fd)
 
 
 def _check_written(folder: Path, shards: tuple[Shard, ...]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ def distill(
     accelerator: Any = None,
     training: Training | None = None,
     probe: Callable[[], Mapping[str, float]] | None = None,
+    until: Callable[[Mapping[str, float]], str] | None = None,
+    frozen: Collection[str] = (),
     text: str = "",
 ) -> Log:
     """Train the converted layers of `student` towards `teacher`, in place, stage by stage.
@@ -67,8 +69,9 @@ def distill(
     Called again with the same `out`, and with the student as it was at first, it goes on where it
     was stopped. A stage with nothing to train is skipped with a note. `training` are settings of
     the run, and `probe` measures the student, in the first process: `recall`, and whatever else is
-    to be logged. `text` is the digest of the text behind `batches`, of which few are looked at
-    before a run goes on.
+    to be logged; `until` is told what it found and returns why the stage ends there, or "".
+    Parameters named `frozen` keep their values whatever a stage trains. `text` is the digest of the
+    text behind `batches`, of which few are looked at before a run goes on.
 
     Raises RecipeError, DataError, UnsupportedModel (an unknown output head, float16),
     MismatchError (student, teacher or saved state do not belong together), TrainingError (loss or
@@ -85,13 +88,15 @@ def distill(
         layers = {m.layer_idx: m for m in student.modules() if isinstance(m, HybridAttention)}
     refuse(student, teacher, stages, accelerator, needles, layers)
     _watch.check(training, probe)
-    trainee = Trainee(student, teacher, dict(sorted(layers.items())))
+    trainee = Trainee(student, teacher, dict(sorted(layers.items())), frozen)
     if not shard:  # else whole weights stay where they are, and their shards go there
         teacher.to(accelerator.device)
         student.to(accelerator.device)
     vocab = student.get_input_embeddings().weight.shape[0]
     fed = StageBatches(stages, batches, needles, vocab)
-    run = _Run(trainee, stages, fed, Path(out), seed, progress, accelerator, training, probe, text)
+    run = _Run(
+        trainee, stages, fed, Path(out), seed, progress, accelerator, training, probe, until, text
+    )
     with quiet(student, teacher), seeded(seed, accelerator.device):
         try:
             if training.shard and alone:
@@ -126,6 +131,7 @@ class _Run:
         accelerator: Any,
         training: Training,
         probe: Callable[[], Mapping[str, float]] | None,
+        until: Callable[[Mapping[str, float]], str] | None,
         text: str,
     ) -> None:
         self.trainee, self.stages, self.out, self.accelerator = trainee, stages, out, accelerator
@@ -150,6 +156,7 @@ class _Run:
             "student": model_digest(self.student, besides=trainee.source),  # as it starts
             "teacher": model_digest(trainee.source),
             "text": text,
+            **({"frozen": sorted(trainee.frozen)} if trainee.frozen else {}),
         }
         self.states = RunStates(out / "states", settings, self.note, keep=training.keep_states)
         cache = None
@@ -157,7 +164,8 @@ class _Run:
             folder = Path(training.teacher_cache).expanduser()
             cache = HiddenCache(folder, trainee.source, accelerator.mixed_precision, self.note)
         self.targets = Teacher(trainee, accelerator, cache)
-        self.watch = _watch.Watch(training, stages, probe and self._probe(probe), self.remark)
+        measured = probe and self._probe(probe)
+        self.watch = _watch.Watch(training, stages, measured, self.remark, until)
         self.track = open_trackers(training.trackers, out, accelerator, settings, self.note)
 
     # --- one stage, top to bottom ---------------------------------------------------------------
@@ -244,8 +252,7 @@ class _Run:
         stage = self.stages[index]
         self.total -= (steps - done) * stage.batch_size * stage.seq_len
         self.remark(
-            f"stage {index} ({stage.loss}) ends after step {done} of {steps}: the recall that "
-            f"training.recall_target ({self.training.recall_target}) asks for is reached."
+            f"stage {index} ({stage.loss}) ends after step {done} of {steps}: {self.watch.why}"
         )
 
     def _probe(self, probe: Callable[[], Mapping[str, float]]) -> Callable[[], Mapping[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,16 +41,21 @@ def candidates(layer: nn.Module) -> dict[str, nn.Module]:
 class Trainee:
     """The student's parameters: those a stage trains, in an optimizer; the rest frozen and shared.
 
-    `layers` are the converted attention modules by layer index. `touched` are the names of all
-    parameters trained so far. Parameters in bfloat16 are stepped through float32 copies. `model`
-    and `teacher` are what computes: the student and its teacher, or their shards while a stage
-    runs.
+    `layers` are the converted attention modules by layer index. Parameters named `frozen` never
+    train. `touched` are the names of all parameters trained so far. Parameters in bfloat16 are
+    stepped through float32 copies. `model` and `teacher` are what computes: the student and its
+    teacher, or their shards while a stage runs.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, layers: Mapping[int, nn.Module]
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        layers: Mapping[int, nn.Module],
+        frozen: Collection[str] = (),
     ) -> None:
         self.student, self.teacher, self._layers = student, teacher, layers
+        self.frozen = frozenset(frozen)
         self.model, self.source = student, teacher
         for layer in layers.values():
             if isinstance(layer, Candidates):
@@ -133,7 +138,7 @@ class Trainee:
             new = inside and _without_candidate(name) not in self._teacher_names
             wanted = {"new": new, "lora": new, "attention": inside}
             wanted["all"] = inside or stage.loss != "align"
-            if wanted[stage.train] and id(p) not in head:
+            if wanted[stage.train] and id(p) not in head and name not in self.frozen:
                 found.append(name)
         return found
 

@@ -19,6 +19,7 @@ from morph.recipes.schema import Stage, Training
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 Probe = Callable[[], Mapping[str, float]]
+Until = Callable[[Mapping[str, float]], str]
 
 _MOVED = 1e-4  # the smallest relative change of a gate that counts as one
 _SMALL = 0.01  # a gate this near to zero is compared with this instead of with itself
@@ -47,8 +48,9 @@ class Watch:
     """Looks at a run after every optimizer step; remarks go to `note`.
 
     `probe` measures the student as it is and returns numbers by name: `recall`, `perplexity`, and
-    the `teacher_recall` that the target is a share of (1 where it is not told). Raises RecipeError
-    as `check` does.
+    the `teacher_recall` that the target is a share of (1 where it is not told). `until` is told
+    what the probe found and returns why the stage ends there, or "". Raises RecipeError as `check`
+    does.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class Watch:
         stages: Sequence[Stage],
         probe: Probe | None,
         note: Callable[[str], None],
+        until: Until | None = None,
     ) -> None:
         check(settings, probe)
         self.settings, self.stages, self.probe, self.note = settings, stages, probe, note
+        self.until, self.why = until, ""
         self._gates: dict[str, torch.nn.Parameter] = {}
         self._forget(0)
 
@@ -111,7 +115,7 @@ class Watch:
         return extra
 
     def reached(self) -> bool:
-        """Return whether the last probe of this stage found the recall asked for."""
+        """Return whether what the last probe of this stage found ends it; `why` says why."""
         return self._reached
 
     def state(self) -> dict[str, Any]:
@@ -216,6 +220,7 @@ class Watch:
             whole = found.get("teacher_recall", 1.0)
             if whole > 0:
                 self._reached = recall >= target * whole - 1e-9  # 0.72 is 0.9 * 0.8
+                self.why = f"the recall that training.recall_target ({target}) asks for is reached."
             else:
                 self._warn(
                     "target",
@@ -223,6 +228,8 @@ class Watch:
                     f"recall_target ({target:g}) cannot end the stage. Choose an easier "
                     "training.probe_task, or a shorter training.probe_length.",
                 )
+        if self.until is not None and (why := self.until(found)):
+            self._reached, self.why = True, why
         return {name: _rounded(value) for name, value in found.items()}
 
 

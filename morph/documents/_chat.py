@@ -1,15 +1,12 @@
 """Chats as text: a tokenizer's chat template is a program, and runs where it can do no harm.
 
 It is run in a child process that has imported all it needs and then gives up files, sockets and
-processes, with limits on time, memory and length; see `_render`.
+processes, with limits on time, memory and length; see `_render` and `morph._sandbox`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -17,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from morph import _sandbox
 from morph.documents._rows import check_column, kind, text_of
 from morph.errors import DataError, escape
 
@@ -83,15 +81,7 @@ class Renderer:
                 "Take a model that was trained on chats, or give plain text and leave data.chat out"
             ) from None
         self.late = False
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).with_name("_render.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            # Neither tokens nor keys that the user's environment may hold
-            env={"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "PATH": os.defpath},
-        )
+        self.process = _sandbox.start(Path(__file__).with_name("_render.py"))
         job = {
             "paths": [path for path in sys.path if path],
             "template": template,
@@ -147,11 +137,6 @@ class Renderer:
         self.process.kill()
 
     def _why(self, seconds: float) -> str:
-        self.process.kill()
-        code = self.process.wait()
         if self.late:
             return f"ran for more than {seconds:g} s and was stopped"
-        if code == -signal.SIGXCPU:
-            return f"took more than {self.limits.seconds} s of CPU time and was stopped"
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"ended its process ({name})"
+        return _sandbox.ending(self.process, self.limits.seconds)

@@ -36,6 +36,7 @@ from morph.pipeline._source import (
     refuse_nonfinite,
     write_result,
 )
+from morph.pipeline._verify_files import verify_command
 from morph.plan import Plan, Scores
 from morph.recipes import schema
 from morph.recipes.schema import Recipe
@@ -129,7 +130,15 @@ def dry_run(
         "kept_cache_bytes_per_token": per_token * kept // width,
         "calibration_tokens": recipe.select.examples * length,
         **_training_cost(recipe, source),
+        **_repair_words(recipe),
     }
+
+
+def _repair_words(recipe: Recipe) -> dict[str, str]:
+    """Return what a recipe tunes after the conversion, and what it puts back."""
+    from morph.recipes import _tuning
+
+    return _tuning.words(recipe.finetune, recipe.restore)
 
 
 def score_estimate(recipe: Recipe, *, stream: bool = False) -> dict[str, Any]:
@@ -376,7 +385,7 @@ def distill_command(
     return _tell(written, made)
 
 
-def _record(path: Path) -> dict[str, Any]:
+def record_of(path: Path) -> dict[str, Any]:
     """Return what morph.json of a folder tells, or an empty mapping where there is none."""
     file = path / "morph.json"
     if not file.is_file():
@@ -387,7 +396,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 def was_distilled(path: Path) -> bool:
     """Return True for a folder whose morph.json tells of a distillation."""
-    told = _record(path).get("provenance")
+    told = record_of(path).get("provenance")
     if not isinstance(told, dict):
         return False
     recipe = told.get("recipe")
@@ -396,7 +405,7 @@ def was_distilled(path: Path) -> bool:
 
 def was_aligned(path: Path) -> bool:
     """Return True for a folder whose morph.json tells of layers that came from a bank."""
-    told = _record(path).get("provenance")
+    told = record_of(path).get("provenance")
     return isinstance(told, dict) and bool(told.get("aligned"))
 
 
@@ -405,7 +414,7 @@ def plan_of_folder(path: Path, source: Source | None = None) -> Plan:
 
     Raises MismatchError for any other folder, and where `source` is not what it was made of.
     """
-    found = _record(path)
+    found = record_of(path)
     if "plan" not in found:
         raise MismatchError(
             f"{path} was not written by morph: it has no morph.json that names a plan. "
@@ -449,22 +458,6 @@ def evaluate_command(
         paths = report.report(out, evaluation=found)
         say(f"wrote {', '.join(map(str, paths[:2]))}")
     return found
-
-
-def verify_command(path: Path, against: str | None, *, say: Say = quiet) -> dict[str, Any]:
-    """Check manifest and structure; with `against`, load both in fresh processes and compare."""
-    opened = checkpoint.verify(path)
-    told: dict[str, Any] = {
-        "manifest": "every file is as it was written",
-        "tensors": len(opened.tensors),
-        "bytes": opened.nbytes,
-    }
-    if against is not None:
-        from morph.pipeline import _verify
-
-        source = open_source(against)
-        told |= _verify.against(source, path, plan_of_folder(path, source))
-    return told
 
 
 def _model_path(model: str, root: Path | None) -> str:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 def compare(recipe: Recipe, model: str, against: str | None, *, say: Say = quiet) -> Evaluation:
     """Return the evaluation of `model`, with source and baselines beside it where one is named."""
-    from morph.pipeline import plan_of_folder
+    from morph.pipeline import plan_of_folder, record_of
 
     if against is None:
         alone = _alone(model, recipe.family)
         corpus = _data.corpus(recipe.data, alone.tokenizer(), seed=recipe.seed)
         plan = None
-        if (alone.path / "morph.json").is_file():
+        if "plan" in record_of(alone.path):  # restored ones may have a record without a plan
             plan = plan_of_folder(alone.path)
         return evaluate(
             recipe,

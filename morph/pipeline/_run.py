@@ -8,6 +8,8 @@ What a run leaves in its folder:
     OUT/checkpoint/        the verified hybrid
     OUT/evaluation.json    the numbers
     OUT/report.html, report.md, *.png
+    OUT/tuned/, restored/  where the recipe fine-tunes: the hybrid after it, and restored
+    OUT/repair.json        the three beside each other; also repair.html, repair.md, repair.png
     OUT/run.json           digests of what each stage was made from, and what it cost
 """
 
@@ -77,6 +79,23 @@ class Run:
         text = json.dumps(self.record, sort_keys=True, indent=1) + "\n"
         write_result(self.out / "run.json", text)
 
+    def set_aside(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Move the training in the folder `name` out of the way where it is for other inputs."""
+        folder, stamp = self.out / name, self.out / name / "inputs.sha256"
+        text = json.dumps(strict.plain(inputs), sort_keys=True)
+        now = hashlib.sha256(text.encode()).hexdigest()
+        then = stamp.read_text().strip() if stamp.is_file() else None
+        if folder.exists() and then not in (None, now):
+            kept = self.out / f"{name}-{then[:8]}"  # type: ignore[index]
+            folder.rename(kept)
+            self.say(f"the training in {folder} was for other settings; it is now {kept}")
+        earlier = self.out / f"{name}-{now[:8]}"
+        if earlier.is_dir() and not folder.exists():
+            earlier.rename(folder)
+            self.say(f"{earlier} was for these settings; it is {folder} again")
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(now + "\n")
+
 
 def digest(value: Any) -> str:
     """Return the sha256 of a plain value's canonical JSON."""
@@ -115,8 +134,10 @@ def run(
     serve = _checkpoint(state, plan)
     found = _evaluation(state, plan)
     paths = _report(state, scores, plan, found, serve)
+    more = _repair(state, plan) if recipe.finetune is not None else {}
     return {
         "evaluation": found,
+        **more,
         "model": name,
         "pattern": plan.pattern,
         "checkpoint": str(folder / "checkpoint"),
@@ -150,6 +171,8 @@ def _open_folder(folder: Path, source: Source, force: bool) -> dict[str, Any]:
 def _is_whole(stage: str, entry: Any) -> bool:
     """False for what a stage cannot have noted: it runs again."""
     if not isinstance(entry, dict) or not isinstance(entry.get("seconds"), (int, float)):
+        return False
+    if stage in ("finetune", "restore") and not isinstance(entry.get("told"), dict):
         return False
     use = entry.get("use")
     return stage != "checkpoint" or (isinstance(use, dict) and {"load", "serve"} <= set(use))
@@ -232,7 +255,7 @@ def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
     if recipe.distill:
         from morph.pipeline import _train
 
-        _set_aside(state, inputs)
+        state.set_aside("distill", inputs)
         log = _train.distill(
             recipe,
             student,
@@ -260,23 +283,6 @@ def _checkpoint(state: Run, plan: Plan) -> dict[str, str]:
         more["distill"] = _train.summary(log, recipe)
     state.note("checkpoint", inputs, start, use=use, **more)
     return use
-
-
-def _set_aside(state: Run, inputs: Mapping[str, Any]) -> None:
-    """Move a training that belongs to other inputs out of the way, under another name."""
-    folder, stamp = state.out / "distill", state.out / "distill" / "inputs.sha256"
-    now = hashlib.sha256(json.dumps(strict.plain(inputs), sort_keys=True).encode()).hexdigest()
-    then = stamp.read_text().strip() if stamp.is_file() else None
-    if folder.exists() and then not in (None, now):
-        kept = state.out / f"distill-{then[:8]}"  # type: ignore[index]
-        folder.rename(kept)
-        state.say(f"the training in {folder} was for other settings; it is now {kept}")
-    earlier = state.out / f"distill-{now[:8]}"
-    if earlier.is_dir() and not folder.exists():
-        earlier.rename(folder)
-        state.say(f"{earlier} was for these settings; it is {folder} again")
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(now + "\n")
 
 
 def _evaluation(state: Run, plan: Plan) -> Evaluation:
@@ -324,3 +330,18 @@ def _report(
         commands={"Load it": use["load"], "Serve it": use["serve"]},
         training=training,
     )
+
+
+def _repair(state: Run, plan: Plan) -> dict[str, Any]:
+    from morph import report
+    from morph.pipeline import _repair as repairs
+
+    found = repairs.stages(state, plan, _base(state))
+    paths = report.repair_report(state.out, found)
+    more = {"restored": str(state.out / "restored")} if state.recipe.restore is not None else {}
+    return {
+        "repair": found,
+        "tuned": str(state.out / "tuned"),
+        **more,
+        "repair_report": str(paths[0]),
+    }

@@ -15,6 +15,7 @@ from morph.errors import RecipeError, escape
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_VALUES = 100_000  # a mebibyte of short ones takes seconds to check
 
 # The core schema of YAML 1.2: unlike 1.1, `no` and `12:30` are text and `1e-4` is a number
 _CORE: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -31,7 +32,7 @@ def read(text: str, where: str) -> tuple[Any, dict[str, int]]:
     """Return the data of one YAML document, and the line of every key by its dotted name.
 
     YAML 1.2 scalars, strings, lists and mappings; no other tags, no anchors or aliases, no doubled
-    keys, at most 1 MiB and 32 levels. Raises RecipeError with the line.
+    keys, at most 1 MiB, 32 levels and 100,000 values. Raises RecipeError with the line.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RecipeError(f"{where}: larger than 1 MiB; a recipe is a page of text.")
@@ -53,6 +54,7 @@ class _Reader:
     def __init__(self, where: str) -> None:
         self.where = where
         self.lines: dict[str, int] = {}
+        self.values = 0
 
     def document(self, events: Any) -> Any:
         """Return the data of the only document."""
@@ -73,6 +75,9 @@ class _Reader:
             raise self.error(event, f"anchors and aliases (&, *) are off: {name!r}.")
         if depth > MAX_DEPTH:
             raise self.error(event, f"nested deeper than {MAX_DEPTH} levels.")
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise self.error(event, f"more than {MAX_VALUES} values; a recipe is a page of text.")
         self.lines.setdefault(path, event.start_mark.line + 1)
         kind = self.tag(event)
         if isinstance(event, yaml.ScalarEvent):

@@ -17,9 +17,12 @@ from typing import Any, Literal
 from morph import registry, strict
 from morph.errors import MorphError, RecipeError, UnknownName, escape, nearest
 from morph.plan import Budget, Granularity, Unit
-from morph.recipes import _rules, _sets, _yaml
+from morph.recipes import _rules, _sets, _tuning, _yaml
+from morph.recipes._tuning import Finetune as Finetune
+from morph.recipes._tuning import Restore as Restore
 
 TASKS = ("single_1", "single_2", "single_3", "multikey", "name_recall")
+MAX_STAGES = 100
 TRACKERS = ("tensorboard", "wandb", "trackio")
 BASELINES = ("uniform", "window")
 
@@ -190,6 +193,8 @@ class Recipe:
     distill: tuple[Stage, ...] = ()
     training: Training = field(default_factory=Training)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    finetune: Finetune | None = None
+    restore: Restore | None = None
     out: str | None = None
 
 
@@ -258,6 +263,8 @@ def check(recipe: Recipe) -> None:
     names, and their types where these are plain. Nothing is imported.
     """
     select, mixer, evaluate = recipe.select, recipe.mixer, recipe.evaluate
+    if len(recipe.distill) > MAX_STAGES:
+        raise RecipeError(f"distill: {len(recipe.distill)} stages; {MAX_STAGES} is the most.")
     _known("families", recipe.family, "family")
     _known("selectors", select.selector, "select.selector")
     _known("mixers", mixer.name, "mixer.name")
@@ -284,6 +291,7 @@ def check(recipe: Recipe) -> None:
         raise type(error)(f"select.budget: {error}") from error
     _ranges(recipe)
     _rules.together(recipe)
+    _tuning.check(recipe.finetune, recipe.restore)
 
 
 def apply_sets(data: Any, sets: Iterable[str]) -> Any:
@@ -390,16 +398,18 @@ def _among(allowed: Sequence[str], given: Sequence[str], where: str) -> None:
 
 
 def _pins(units: Sequence[Unit], where: str) -> None:
+    seen = set()
     for unit in units:
         if min(unit if isinstance(unit, tuple) else (unit,)) < 0:
             raise RecipeError(f"{where}: {unit} is negative; layers and heads count from 0.")
-        if units.count(unit) > 1:
+        if unit in seen:
             raise RecipeError(f"{where}: {unit} is listed twice.")
+        seen.add(unit)
 
 
 # Fields by the range they must lie in; the values are seen by a person, so the bounds are text
 _SHARES = {"held_out", "warmup_fraction", "min_lr_fraction", "needles", "cross_entropy"}
-_SHARES |= {"recall_target"}
+_SHARES |= {"recall_target", "stop_below", "alpha"}
 _POSITIVE = {"lr", "gate_lr", "clip", "temperature", "lora_alpha", "epochs"}
 _PROBE = "training.probe_task"
 _FROM_ZERO = {
@@ -410,6 +420,7 @@ _FROM_ZERO = {
     "perplexity_tokens",
     "calibrate",
     "probe_every",
+    "rho",
 }
 
 
@@ -418,6 +429,7 @@ def _ranges(recipe: Recipe) -> None:
     parts += [("select.", recipe.select), ("mixer.", recipe.mixer)]
     parts += [("training.", recipe.training), ("evaluate.", recipe.evaluate)]
     parts += [(f"distill[{i}].", stage) for i, stage in enumerate(recipe.distill)]
+    parts += [(f"{n}.", part) for n in ("finetune", "restore") if (part := getattr(recipe, n))]
     for prefix, part in parts:
         for f in fields(part):
             value = getattr(part, f.name)
@@ -429,7 +441,7 @@ def _ranges(recipe: Recipe) -> None:
 
 
 def _range(name: str, value: float, where: str) -> None:
-    if name in _SHARES:
+    if name in _SHARES or where == "finetune.text":
         ok, allowed = 0 <= value <= 1, "a share between 0 and 1"
     elif name in _POSITIVE:
         ok, allowed = value > 0, "above 0"

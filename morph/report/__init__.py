@@ -18,6 +18,7 @@ from morph.errors import escape
 from morph.evaluation import Difference, Evaluation, ModelResult, Row
 from morph.plan import Plan, Scores, full_plan
 from morph.report._compare import comparison_report, comparison_table, regret_table
+from morph.report._diff import difference_picture
 from morph.report._pages import (
     Block,
     Bullets,
@@ -38,6 +39,13 @@ from morph.report._pictures import (
     tokens,
 )
 from morph.report._records import stage_grid, training_log
+from morph.report._repair import (
+    repair_conclusion,
+    repair_numbers,
+    repair_picture,
+    repair_report,
+    repair_table,
+)
 from morph.report._scores import pairs_picture, scores_picture
 from morph.report._selection import agreement_picture, budget_picture
 from morph.report._training import training_picture
@@ -49,12 +57,18 @@ __all__ = [
     "comparison_report",
     "comparison_table",
     "depth_picture",
+    "difference_picture",
     "markdown",
     "numbers",
     "pairs_picture",
     "plan_picture",
     "recall_picture",
     "regret_table",
+    "repair_conclusion",
+    "repair_numbers",
+    "repair_picture",
+    "repair_report",
+    "repair_table",
     "report",
     "scores_picture",
     "table",
