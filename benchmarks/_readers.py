@@ -214,9 +214,9 @@ def read_record(file: Path) -> str:
     folder = file.parent
     with contextlib.suppress(MorphError):
         json.dumps(restore.plan(folder.with_name("config"), folder).summary())
-    record = json.loads(file.read_bytes()) if file.stat().st_size < MIB else None
     (folder / "MANIFEST.json").write_bytes(_seeds.manifest(folder, "MANIFEST.json"))
     json.dumps(_verify_files.verify_command(folder))
+    record = json.loads(file.read_bytes())
     require(isinstance(record, dict), "a record that is no object is accepted")
     return "accepted"
 
@@ -238,7 +238,7 @@ def targets(root: Path) -> dict[str, Target]:
     _seeds.write_model(root / "donor")
     _seeds.write_model(root / "tuned", tuned=True)
     _seeds.write_adapter(root / "adapter")
-    restore.write(restore.plan(root / "donor", root / "tuned"), root / "record")
+    restore.write(restore.plan(root / "donor", root / "tuned"), root / "record", durable=False)
     records = [(root / "record" / "morph.json").read_bytes()]
     sizes = {**{"F32": 32, "BF16": 16, "U8": 8, "F64": 64, "F4": 4, "F8_E4M3": 8, "I64": 64}}
     shards, indexes = _seeds.shards(), _seeds.indexes(root / "outside.safetensors")

@@ -3,10 +3,12 @@
     python benchmarks/bench_repair.py [--arms problems replay] [--seeds 3] [--work DIR]
 
 The hybrid of the embedded checkpoint that keeps layers 5 and 7 full (window 64 in the others) is
-tuned on chained lookups of at most 128 tokens: on them alone (`problems`), or with half of the rows
-plain text (`replay`). Then queries, keys and other parts are put back by `morph restore`, and all
-checkpoints are asked the same 200 questions a cell and 200 held-out problems. Answers already in
-the work folder are not asked again, and a tuning that was stopped goes on.
+tuned on problems of at most 128 tokens: on lookups alone (`problems`), on lookups and sums at a
+high rate with half of the rows plain text (`replay`), or on lookups with as much text at half that
+rate (`gentle`). Then queries, keys and other parts are put back by `morph restore`. The checkpoints
+that matter most get the same 200 questions a cell, all get the first 100 of `multikey`, and 200
+held-out problems of each task. Answers already in the work folder are not asked again, and a tuning
+that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "data" / "sherlock_holmes.txt"
 FULL, WINDOW = [5, 7], 64
 LENGTHS = (256, 512, 1024)
-MAIN = ("multikey", "single_2", "single_3")  # asked of the checkpoints that matter most
-FEW = ("multikey",)
+MAIN = ("multikey", "single_2")  # asked of the checkpoints that matter most
+FEW, FEW_EXAMPLES = ("multikey",), 100  # asked of the others
+BOTH = ("lookups", "sums")
 ARMS = {
-    "problems": Finetune(tokens=196608, lr=1e-3, probe_every=8),
-    "replay": Finetune(tokens=196608, lr=3e-3, text=0.5, probe_every=8),
+    "problems": Finetune(tokens=196608, lr=1e-3, tasks=("lookups",), probe_every=16),
+    "replay": Finetune(tokens=262144, lr=6e-3, tasks=BOTH, text=0.5, probe_every=16),
+    "gentle": Finetune(tokens=196608, lr=3e-3, tasks=("lookups",), text=0.5, probe_every=16),
 }
 # name: what is restored from PRE into POST, in the words of `morph restore`
 RESTORED: dict[str, dict[str, Any]] = {
@@ -115,11 +119,14 @@ class Bench:
         return out, json.loads(told.read_text(encoding="utf-8"))
 
     def answers(
-        self, file: Path, make: Make, tasks: Sequence[str], section: Finetune
+        self, file: Path, make: Make, important: bool, section: Finetune
     ) -> tuple[list[Hit], Measured]:
         """Return what a model answers, from the work folder where it is there."""
         if not file.is_file():
-            evaluate = replace(self.recipe.evaluate, tasks=tuple(tasks))
+            evaluate = self.recipe.evaluate
+            examples = evaluate.examples if important else min(FEW_EXAMPLES, evaluate.examples)
+            tasks = MAIN if important else FEW
+            evaluate = replace(evaluate, tasks=tasks, examples=examples)
             recipe = replace(self.recipe, evaluate=evaluate, finetune=section)
             hits, loss = _repair.ask(recipe, make(), self.corpus, self.tokenizer)
             told = {"hits": strict.plain(hits), "loss": strict.plain(loss)}
@@ -191,6 +198,17 @@ class Bench:
             if part in name:
                 parameter.data = before[name].data
         return made
+
+
+def _first(hits: Sequence[Hit], tuned: Sequence[str]) -> list[Hit]:
+    """Return the hits that every checkpoint has: of recall the first of `FEW`, all problems."""
+    found, seen = [], dict[tuple[str, int], int]()
+    for hit in hits:
+        key = hit.task, hit.length
+        seen[key] = seen.get(key, 0) + 1
+        if hit.task in tuned or (hit.task in FEW and seen[key] <= FEW_EXAMPLES):
+            found.append(hit)
+    return found
 
 
 def lines_of(runs: list[dict[str, Any]]) -> list[str]:

@@ -39,7 +39,7 @@ _CALLS = {
         **{"sysinfo": 99, "sigaltstack": 131, "gettid": 186, "time": 201, "futex": 202},
         **{"sched_getaffinity": 204, "clock_gettime": 228, "clock_getres": 229},
         **{"clock_nanosleep": 230, "exit_group": 231, "newfstatat": 262, "set_robust_list": 273},
-        **{"getrandom": 318, "membarrier": 324, "rseq": 334},
+        **{"getrandom": 318, "membarrier": 324, "statx": 332, "rseq": 334},
         **{"mmap": 9, "mprotect": 10, "prlimit64": 302, "openat": 257},
     },
     "aarch64": {
@@ -50,7 +50,7 @@ _CALLS = {
         **{"getrusage": 165, "sysinfo": 179, "sigaltstack": 132, "gettid": 178, "futex": 98},
         **{"sched_getaffinity": 123, "clock_gettime": 113, "clock_getres": 114},
         **{"clock_nanosleep": 115, "exit_group": 94, "newfstatat": 79, "set_robust_list": 99},
-        **{"getrandom": 278, "membarrier": 283, "rseq": 293},
+        **{"getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293},
         **{"mmap": 222, "mprotect": 226, "prlimit64": 261, "openat": 56},
     },
 }

@@ -120,7 +120,7 @@ def layout(opened: Opened, file: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
     opened.skip = not file["zip"]
     place = "meta" if file["zip"] else "cpu"  # meta holds no data; in the old format it is not read
-    loaded = torch.load(opened, map_location=place, weights_only=False)  # type: ignore[arg-type]
+    loaded = torch.load(opened, map_location=place, weights_only=True)  # type: ignore[arg-type]
     root, left = unwrap(loaded)
     for name, value in left:
         yield {"beside": text(name), **other(value)}

@@ -120,14 +120,14 @@ def import_module(name: str) -> None:
 def refuse_imports(kind: str, found: Iterable[str], where: str) -> None:
     """Raise CheckpointError where data names an outside part that nobody has imported yet.
 
-    A checkpoint may name parts, but it may not make morph import a module: that runs code.
+    A checkpoint or a plan may name parts, but not make morph import a module: that runs code.
     """
     for name in found:
         module = name.partition(":")[0]
         if name not in names(kind) and module not in sys.modules:
             raise CheckpointError(
-                f"{where}: {_one(kind)} {escape(name)!r} is not part of morph, and a checkpoint "
-                f"may not choose what is imported. If you trust it, import {escape(module)} first "
+                f"{where}: {_one(kind)} {escape(name)!r} is not part of morph, and a file may "
+                f"not choose what is imported. If you trust it, import {escape(module)} first "
                 f"(on the command line: morph --import {escape(module)} ...)."
             )
 

@@ -68,7 +68,7 @@ def convert(hint: Any, value: Any, where: str, error: type[MorphError] = RecipeE
     if origin in (dict, Mapping) or hint in (dict, Mapping) or _is_mapping(origin):
         if not isinstance(value, Mapping):
             raise error(f"{where}: expected a mapping of keys, got {_say(value)}.")
-        if not args:
+        if not args or (args == (str, Any) and all(type(key) is str for key in value)):
             return dict(value)
         return {
             convert(args[0], k, where, error): convert(args[1], v, _join(where, k), error)
@@ -122,6 +122,10 @@ def _tuple(args: tuple[Any, ...], value: Any, where: str, error: type[MorphError
     if isinstance(value, str) or not isinstance(value, (list, tuple)):
         raise error(f"{where}: expected a list, got {_say(value)}.")
     if len(args) == 2 and args[1] is Ellipsis:
+        if all(type(v) is args[0] for v in value) and (
+            args[0] in (int, str, bool) or (args[0] is float and all(map(math.isfinite, value)))
+        ):  # nothing to convert, which is quick to see for the pairs of a large model
+            return tuple(value)
         return tuple(convert(args[0], v, f"{where}[{i}]", error) for i, v in enumerate(value))
     if len(args) != len(value):
         raise error(f"{where}: expected {len(args)} entries, got {len(value)}.")

@@ -33,7 +33,7 @@ NOT_COPIED = (
 # keys by which a config can choose code or files to load; the kernel ones name a Hub repository
 HOSTILE = re.compile(
     r"auto_map|trust_remote_code|custom_pipelines?|custom_generate|model_file|transformers_weights"
-    r"|_?(attn|experts)_implementation.*|hub_kernels?|kernel_config"
+    r"|_?(attn|experts)_implementation.*|(use|hub)_kernels?|kernel_config"
 )
 # the layers of the decoder, not those of a tower beside it
 LAYER = re.compile(
@@ -192,6 +192,7 @@ class Shards:
     weight_map: Mapping[str, str] | None = None
     absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    total_size: Any = None
 
 
 def find_shards(folder: Path, *, partial: bool = False, adapters: bool = False) -> Shards:
@@ -232,7 +233,9 @@ def find_shards(folder: Path, *, partial: bool = False, adapters: bool = False) 
             f"{escape(missing[0])}. Is the download complete?"
         )
     names = tuple(n for n in shards if n not in missing)
-    return Shards(names=names, index=INDEX, weight_map=weight_map, absent=missing)
+    metadata = data.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Shards(names=names, index=INDEX, weight_map=weight_map, absent=missing, total_size=total)
 
 
 def _no_weights(folder: Path) -> NoReturn:

@@ -21,7 +21,9 @@ from morph.errors import CheckpointError, escape
 
 MIB = 1 << 20
 MAX_HEADER = 16 * MIB
-MAX_JSON = {"config": 8 * MIB, "index": 64 * MIB, "manifest": 64 * MIB}
+MAX_JSON = {"config": 8 * MIB, "index": 32 * MIB, "manifest": 32 * MIB}
+MAX_VALUES = 1_000_000  # parsed, a value takes some 75 bytes: a header holds about 100,000 tensors
+MAX_DEPTH = 100
 MAX_TENSORS = 1_000_000
 MAX_NAME = 1024
 
@@ -76,6 +78,8 @@ def byte_size(dtype: str, shape: Iterable[int]) -> int:
 def load_json(data: bytes, where: str) -> Any:
     """Return parsed JSON; doubled keys, NaN, infinities and deep nesting are CheckpointErrors."""
 
+    _check_extent(data, where)
+
     def refuse(text: str) -> Any:
         raise CheckpointError(f"{where}: {escape(text, 40)} is not a number that JSON allows.")
 
@@ -92,7 +96,7 @@ def load_json(data: bytes, where: str) -> Any:
         return found
 
     try:
-        return json.loads(
+        found = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=unique,
             parse_constant=refuse,
@@ -106,6 +110,29 @@ def load_json(data: bytes, where: str) -> Any:
         raise CheckpointError(f"{where}: nested too deeply.") from error
     except ValueError as error:
         raise CheckpointError(f"{where}: not valid JSON ({escape(error)}).") from error
+    _check_depth(found, data, where)
+    return found
+
+
+def _check_extent(data: bytes, where: str) -> None:
+    """Refuse a text of too many values before it is parsed: a small one can fill the memory."""
+    if len(data) > MAX_VALUES and sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise CheckpointError(
+            f"{where}: more than {MAX_VALUES:,} values; that is no file of a model."
+        )
+
+
+def _check_depth(found: Any, data: bytes, where: str) -> None:
+    """Refuse what later walks, which are recursive, could not follow."""
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return
+    level = [found]
+    for _ in range(MAX_DEPTH):
+        inner = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [y for x in inner for y in x if isinstance(y, (dict, list))]
+        if not level:
+            return
+    raise CheckpointError(f"{where}: nested too deeply: more than {MAX_DEPTH} levels.")
 
 
 def dump_json(value: Any) -> bytes:

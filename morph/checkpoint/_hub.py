@@ -26,8 +26,10 @@ def resolve(model: str, revision: str | None = None) -> Path:
     Raises CheckpointError where it is neither, or cannot be had.
     """
     local = Path(model).expanduser()
-    if local.exists():
-        return local.resolve()
+    # a name too long, or in a folder that may not be looked into, is no folder either
+    with suppress(OSError, ValueError):
+        if local.exists():
+            return local.resolve()
     if not _ID.fullmatch(model) or ".." in model:
         raise CheckpointError(
             f"'{escape(model)}' is neither a local folder nor a Hub id such as Qwen/Qwen3-0.6B."

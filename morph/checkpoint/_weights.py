@@ -169,6 +169,12 @@ def read_weights(folder: Path, found: Shards) -> Weights:
     headers = {name: read_header(folder, name) for name in found.names}
     tensors, absent = collect_tensors(folder, headers, found)
     other, ignored = side_files(folder, set(found.names))
+    notes, nbytes = found.notes, sum(info.nbytes for info in tensors.values())
+    if not absent and found.total_size not in (None, nbytes):
+        notes += (
+            f"{found.index} says total_size {escape(found.total_size, 40)}; the tensors have "
+            f"{nbytes} bytes.",
+        )
     return Weights(
         path=folder,
         tensors=tensors,
@@ -177,7 +183,7 @@ def read_weights(folder: Path, found: Shards) -> Weights:
         absent=absent,
         other_files=other,
         ignored_files=ignored,
-        notes=found.notes,
+        notes=notes,
         headers=headers,
     )
 

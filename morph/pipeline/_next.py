@@ -102,7 +102,10 @@ def after_align(recipe: Recipe, bank: Path, mixers: Iterable[Any]) -> Command:
 def after_plan(recipe: Recipe, out: Path) -> Command:
     """Return `convert` into a new folder named after the model."""
     folder = f"{Path(recipe.model).name or 'model'}-hybrid"
+    mixer = recipe.mixer.name  # one from outside is imported on the user's word, not on the plan's
+    outside = "." in mixer or ":" in mixer
     return [
+        *(("--import", mixer.partition(":")[0]) if outside else ()),
         *("convert", recipe.model, folder, "--plan", str(out)),
         *flags(
             family=recipe.family,

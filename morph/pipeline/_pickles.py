@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -17,7 +18,7 @@ from morph.checkpoint import Staging, Weights, check_output, clean_config, dump_
 from morph.checkpoint._copying import Meter, copy_side_files, file_identity, reading
 from morph.checkpoint._folder import ADAPTER, INDEX, MANIFEST, SINGLE, side_files, text_config
 from morph.checkpoint._format import MAX_JSON, MIB, read_at, read_small
-from morph.errors import CheckpointError, VerificationFailed, escape
+from morph.errors import CheckpointError, MorphError, VerificationFailed, escape
 from morph.pipeline._pickle_shards import Shard, make_shard, write_shard
 from morph.pipeline._torch_files import ADAPTER as PICKLED_ADAPTER
 from morph.pipeline._torch_files import PICKLE_INDEX, Found, TorchFile, find, look
@@ -168,8 +169,8 @@ def _shards(job: _Job, read: Sequence[Layout]) -> list[Shard]:
 def _names(job: _Job, count: int) -> list[str]:
     if count > 1:
         return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    adapter = job.found.names == (PICKLED_ADAPTER,) or "adapter_config.json" in job.copies
-    return [ADAPTER if adapter and job.config is None else SINGLE]
+    alone = "adapter_config.json" in job.copies and job.config is None
+    return [ADAPTER if alone or job.found.names == (PICKLED_ADAPTER,) else SINGLE]
 
 
 def _check_index(job: _Job, homes: Mapping[str, TorchFile]) -> None:
@@ -255,18 +256,19 @@ def _write(
     side = sum((folder / name).stat().st_size for name in job.copies.values())
     need = weights + side + sum(map(len, job.texts.values()))
     meter = Meter(need + weights, progress)
-    with (
-        ThreadPoolExecutor(1) as pool,
-        Staging(
-            out,
-            inputs=job.found.inputs,
-            need=need,
-            force=force,
-            key=_key(job, shards),
-            restart=restart,
-        ) as stage,
-    ):
-        digests = [pool.submit(_digest, file) for file in job.files]
+    staging = Staging(
+        out,
+        inputs=job.found.inputs,
+        need=need,
+        force=force,
+        key=_key(job, shards),
+        restart=restart,
+    )
+    with ExitStack() as stack:
+        pool, stop = stack.enter_context(ThreadPoolExecutor(1)), threading.Event()
+        stack.callback(stop.set)  # before the pool is waited for
+        stage = stack.enter_context(staging)
+        digests = [pool.submit(_digest, file, stop) for file in job.files]
         for shard in shards:
             write_shard(stage, shard, meter)
         copy_side_files(stage, job.source, job.copies, meter)
@@ -317,9 +319,11 @@ def _record(job: _Job, inputs: Mapping[str, str], sums: Mapping[str, str]) -> di
     }
 
 
-def _digest(file: TorchFile) -> str:
+def _digest(file: TorchFile, stop: threading.Event) -> str:
     digest = hashlib.sha256()
     for at in range(0, file.nbytes, MIB):
+        if stop.is_set():
+            raise MorphError("abandoned")
         digest.update(read_at(file.fd, at, min(MIB, file.nbytes - at), file.path))
     return digest.hexdigest()
 

@@ -217,7 +217,8 @@ def _scores(state: Run) -> Scores:
 def _plan(state: Run, scores: Scores) -> Plan:
     file, inputs = state.out / "plan.json", {**_base(state), "scores": scores.digest}
     if state.fresh("plan", inputs, file):
-        return _select.read_plan(file)
+        mixer = state.recipe.mixer
+        return _select.read_plan(file, (mixer.name, mixer.kept))
     start, recipe = time.perf_counter(), state.recipe
     found, swaps = _select.make_plan(
         scores,

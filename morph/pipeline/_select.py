@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -266,9 +266,16 @@ def baseline(source: Source, mixer: Mixer, count: int, name: str) -> Plan:
     return surgery.resolve_costs(dressed(plan, mixer))
 
 
-def read_plan(path: str | Path) -> Plan:
-    """Read a plan.json; raise PlanError naming what is wrong in it."""
-    return _loaded(planning.loads_plan, path)
+def read_plan(path: str | Path, named: Iterable[str] = ()) -> Plan:
+    """Read a plan.json; raise PlanError naming what is wrong in it.
+
+    A file may not choose what is imported: mixers from outside must be imported already, or be
+    `named` by the user. Raises CheckpointError otherwise.
+    """
+    found = _loaded(planning.loads_plan, path)
+    others = [mixer for mixer in found.mixers if mixer not in set(named)]
+    registry.refuse_imports("mixers", others, escape(path))
+    return found
 
 
 def read_scores(path: str | Path, source: Source | None = None) -> Scores:

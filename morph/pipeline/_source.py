@@ -239,6 +239,11 @@ def open_source(model: str, family: str | None = None, revision: str | None = No
     """
     path = resolve(model, revision)
     checkpoint = Checkpoint.open(path)
+    if "adapter_config.json" in checkpoint.other_files:
+        raise CheckpointError(
+            f"{escape(path)} holds a model and an adapter (adapter_config.json), and transformers "
+            "would load both as one. Move the adapter to a folder of its own, or merge it first."
+        )
     found = family_of(checkpoint.config, family)
     return Source(
         path=Path(path),

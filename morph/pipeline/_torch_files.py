@@ -98,7 +98,7 @@ def find(model: str) -> Found:
     to convert, or several files without an index.
     """
     path = Path(model).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(
             f"'{escape(model)}' is no local folder or file. morph downloads no pickles: fetch them "
             "with `hf download`, and give the folder."
@@ -108,7 +108,10 @@ def find(model: str) -> Found:
         if not path.name.lower().endswith(ENDINGS):
             raise UsageError(f"{escape(path)}: pickled weights end with {', '.join(ENDINGS)}.")
         return Found(folder=path.parent, names=(path.name,), weight_map=None, alone=True, notes=())
-    names = sorted(p.name for p in path.iterdir())
+    try:
+        names = sorted(p.name for p in path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{escape(path)} cannot be read: {error.strerror}.") from error
     safe = [n for n in names if n.endswith((".safetensors", INDEX))]
     if safe:
         raise UsageError(

@@ -277,18 +277,17 @@ def _stored(line: Mapping[str, Any], file: TorchFile) -> Stored:
     shape, stride = (_sizes(line, key, file) for key in ("shape", "stride"))
     if len(shape) != len(stride):
         raise _odd(file)
-    offset, held = (_sizes({"x": [line.get(k)]}, "x", file)[0] for k in ("offset", "held"))
-    place = line.get("place")
+    offset, held = _size(line, "offset", file), _size(line, "held", file)
     width = BITS[DTYPES[dtype]] // 8
     found = Stored(name=name, dtype=DTYPES[dtype], shape=shape, stride=stride, start=0)
     if found.nbytes == 0:
         return found
-    if place is None:
+    if line.get("place") is None:
         raise CheckpointError(
             f"{where}: where its data lie is not known. It has none (a meta tensor), or the "
             "archive was not written by torch.save. Nothing was written."
         )
-    place = _sizes({"x": [place]}, "x", file)[0]
+    place = _size(line, "place", file)
     inside = file.storages.get(place, -1) if file.zip else file.nbytes - place
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
     if held > inside or (last + 1) * width > held:
@@ -303,6 +302,13 @@ def _stored(line: Mapping[str, Any], file: TorchFile) -> Stored:
         )
     start = place + offset * width
     return Stored(name=name, dtype=DTYPES[dtype], shape=shape, stride=stride, start=start)
+
+
+def _size(line: Mapping[str, Any], key: str, file: TorchFile) -> int:
+    found = _field(line, key, int, file)
+    if not 0 <= found < 2**62:
+        raise _odd(file)
+    return int(found)
 
 
 def _sizes(line: Mapping[str, Any], key: str, file: TorchFile) -> tuple[int, ...]:

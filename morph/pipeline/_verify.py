@@ -202,9 +202,11 @@ def _reference(source: Source, plan: Plan, work: Path, dtype: str) -> dict[str, 
         "keep": KEEP,
         "out": str(work),
     }
-    start = f"import sys; sys.path.insert(0, {str(PACKAGE_ROOT)!r}); "
+    # -P: what lies in the working folder, such as a json.py of a download, must not be imported
+    paths = [os.path.abspath(p) for p in sys.path]
+    start = f"import sys; sys.path.insert(0, {str(PACKAGE_ROOT)!r}); sys.path += {paths!r}; "
     code = f"{start}import morph._reference as r; r.main()"
-    _run([sys.executable, "-c", code], job, "the source model with its plan")
+    _run([sys.executable, "-P", "-c", code], job, "the source model with its plan")
     return {"reference_peak_rss_bytes": _json(work / "reference.json")["peak_rss_bytes"]}
 
 
