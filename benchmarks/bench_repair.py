@@ -158,13 +158,12 @@ class Bench:
         makes["frozen q,k"] = lambda: self.load(frozen)
         hits, losses = {}, {}
         for name, make in makes.items():
-            tasks = MAIN if name in IMPORTANT else FEW
-            folder = self.work if name == "pre" else work / "answers"
-            file = folder / f"{name.replace(',', '').replace(' ', '_')}.json"
-            hits[name], losses[name] = self.answers(file, make, tasks, section)
-        few = {
-            n: [h for h in found if h.task in (*FEW, *section.tasks)] for n, found in hits.items()
-        }
+            important = name in IMPORTANT
+            if arm == "gentle" and not important:
+                continue
+            file = work / "answers" / f"{name.replace(',', '').replace(' ', '_')}.json"
+            hits[name], losses[name] = self.answers(file, make, important, section)
+        few = {name: _first(found, section.tasks) for name, found in hits.items()}
         told = {"tuning": told, "drift": _repair.drift(self.pre, post), "seed": seed}
         common: dict[str, Any] = {"tuned": section.tasks, **told}
         return {

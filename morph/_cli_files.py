@@ -9,7 +9,7 @@ import typer
 
 from morph import _terminal_files as words
 from morph import terminal
-from morph._flags import BudgetOption, DryRun, Force, Json, Model
+from morph._flags import DryRun, Force, Json, Model
 
 Restart = Annotated[
     bool, typer.Option("--restart", help="Drop what an unfinished write left, and start over.")
@@ -23,9 +23,8 @@ Copy = Annotated[
 
 
 def add(app: typer.Typer) -> None:
-    """Add the commands of this file to the command line."""
+    """Add the commands of this file to the command line, but for `inspect`, which stands apart."""
     for name, command in (
-        ("inspect", inspect),
         ("diff", diff),
         ("restore", restore),
         ("verify", verify),
@@ -100,7 +99,14 @@ def restore(
             "--layers", metavar="WHICH", help="full, all, numbers (3,7), or a scores.json."
         ),
     ] = "full",
-    budget: BudgetOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="LIMIT",
+            help="With a scores.json, how much of it: 7 (layers), 25%.  [default: 1/4]",
+        ),
+    ] = None,
     include: Annotated[
         str,
         typer.Option(

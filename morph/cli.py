@@ -123,6 +123,9 @@ def env(as_json: Json = False) -> None:
     terminal.next_command(["list"])
 
 
+app.command()(_cli_files.inspect)
+
+
 @app.command()
 def check(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or shipped name.")],
@@ -499,6 +502,9 @@ def evaluate(
     terminal.next_command(_next.after_evaluate(recipe, model, against))
 
 
+_cli_files.add(app)
+
+
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file or shipped name.")],
@@ -525,9 +531,6 @@ def run(
         )
     terminal.emit(found, as_json, terminal.run)
     terminal.next_command(["verify", found["checkpoint"], "--against", found["model"]])
-
-
-_cli_files.add(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

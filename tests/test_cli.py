@@ -24,8 +24,7 @@ from morph import cli, registry
 HERE = Path(__file__).resolve().parent
 COMMANDS = (
     *("list", "show", "env", "inspect", "check", "score", "plan", "compare", "align"),
-    "convert",
-    *("distill", "evaluate", "verify", "run"),
+    *("convert", "distill", "evaluate", "diff", "restore", "verify", "convert-pickle", "run"),
 )
 # Every flag there is. A new one needs a reason: could it be a value for --set instead?
 FLAGS = {
@@ -44,7 +43,11 @@ FLAGS = {
     " no-swaps family seed dtype set force dry-run json",
     "distill": "teacher out data stages target seed set force dry-run json",
     "evaluate": "against data out seed set force json",
-    "verify": "against json",
+    "diff": "tensors out force json",
+    "restore": "method rho alpha layers budget include allow copy no-hash force restart dry-run"
+    " json",
+    "verify": "against pre json",
+    "convert-pickle": "force restart dry-run json",
     "run": "out set force dry-run json",
 }
 SELECT = ["--set", "mixer.window=8", "--set", "select.task=single_2", "--set", "select.examples=4"]

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -48,15 +48,19 @@ def test_every_case_is_read_or_refused(fuzz: ModuleType, tmp_path: Path) -> None
 
 
 def test_a_case_depends_on_its_seed_and_number_alone(fuzz: ModuleType, tmp_path: Path) -> None:
-    def inputs(name: str, numbers: list[int], seed: int) -> dict[int, bytes]:
+    def ran(name: str, numbers: Iterable[int], seed: int) -> dict[int, Any]:
         root = tmp_path / name
         root.mkdir()
-        known = fuzz.targets(root)
-        return {n: fuzz.case(n, seed, known, root, fuzz.Tally()) for n in numbers}
+        known, found = fuzz.targets(root), {}
+        for number in numbers:
+            tally = fuzz.Tally()
+            data = fuzz.case(number, seed, known, root, tally)
+            found[number] = data, tally.outcomes, tally.refusals
+        return found
 
-    forwards, backwards = inputs("a", list(range(40)), 1), inputs("b", list(range(40))[::-1], 1)
+    forwards, backwards = ran("a", range(60), 1), ran("b", reversed(range(60)), 1)
     assert forwards == backwards
-    assert inputs("c", [3], 2)[3] != forwards[3]
+    assert ran("c", [3], 2)[3] != forwards[3]
 
 
 # --- What is planted is found -------------------------------------------------------------------

@@ -18,7 +18,8 @@ from morph.recipes import schema
 from morph.recipes.schema import Mixer, Recipe, Stage, Training
 
 SOURCE = Path(schema.__file__).resolve().parent
-NAMES = sorted(path.stem for path in SOURCE.glob("*.yaml") if path.stem != "demo")
+OURS = {"demo", "qk_restore"}  # on the checkpoint of this repository; no published stages
+NAMES = sorted({path.stem for path in SOURCE.glob("*.yaml")} - OURS)
 # Qwen3-1.7B as its config.json has it
 CONFIG = {
     "num_hidden_layers": 28, "hidden_size": 2048, "num_attention_heads": 16,

@@ -273,8 +273,8 @@ def read_plan(path: str | Path, named: Iterable[str] = ()) -> Plan:
     `named` by the user. Raises CheckpointError otherwise.
     """
     found = _loaded(planning.loads_plan, path)
-    others = [mixer for mixer in found.mixers if mixer not in set(named)]
-    registry.refuse_imports("mixers", others, escape(path))
+    outside = [m for m in found.mixers if ("." in m or ":" in m) and m not in set(named)]
+    registry.refuse_imports("mixers", outside, escape(path))  # no other name is ever imported
     return found
 
 
