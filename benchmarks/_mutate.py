@@ -229,7 +229,7 @@ def mutate_tree(rng: Random, tree: Tree, other: Tree) -> Tree:
 def bomb(rng: Random, limit: int) -> Raw:
     """Return a value of up to `limit` bytes that is cheap to write and dear to hold."""
     unit = rng.choice(BOMBS)
-    size = int(limit ** rng.uniform(0.6, 1.0)) - 64
+    size = int(limit ** rng.uniform(0.7, 1.0)) - 64
     if rng.random() < 0.3:
         count = max(1, size // 12)
         return Raw("{" + ",".join(f'"k{i}":{i % 10}' for i in range(count)) + "}")
@@ -267,7 +267,7 @@ def mutate_text(rng: Random, seeds: Sequence[bytes], limit: int, bombs: float = 
     data, other = rng.choice(seeds), rng.choice(seeds)
     if rng.random() < bombs:
         unit = rng.choice(["- a\n", "[", "{a: ", "a: 1\n", "? ", "- - ", "#\n", "&a [*a],", "0\t"])
-        return data + unit.encode() * (int(limit ** rng.uniform(0.6, 1.0)) // len(unit))
+        return data + unit.encode() * (int(limit ** rng.uniform(0.7, 1.0)) // len(unit))
     for _ in range(min(5, 1 + int(rng.expovariate(0.9)))):
         kind = rng.random()
         if kind < 0.5:

@@ -23,7 +23,7 @@ from morph.pipeline import _diff, _select, _verify_files
 from morph.recipes import schema
 
 MIB = 1 << 20
-BOMBS = 1 / 1500  # of the cases hold one value that is as large as the reader's limit allows
+BOMBS = 1 / 1000  # of the cases hold one value that is as large as the reader's limit allows
 HOSTILE = {"auto_map", "trust_remote_code", "custom_pipelines", "model_file", "hub_kernel"}
 HOSTILE |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 
@@ -213,7 +213,8 @@ def read_record(file: Path) -> str:
     """Verify a restored folder and restore it again, with a morph.json that is mutated."""
     folder = file.parent
     with contextlib.suppress(MorphError):
-        json.dumps(restore.plan(folder.with_name("tuned"), folder).summary())
+        if file.stat().st_size < MIB // 8:
+            json.dumps(restore.plan(folder.with_name("tuned"), folder).summary())
     (folder / "MANIFEST.json").write_bytes(_seeds.manifest(folder, "MANIFEST.json"))
     json.dumps(_verify_files.verify_command(folder))
     record = json.loads(file.read_bytes())
@@ -241,7 +242,7 @@ def targets(root: Path) -> dict[str, Target]:
     restore.write(restore.plan(root / "donor", root / "tuned"), root / "record", durable=False)
     records = [(root / "record" / "morph.json").read_bytes()]
     sizes = {**{"F32": 32, "BF16": 16, "U8": 8, "F64": 64, "F4": 4, "F8_E4M3": 8, "I64": 64}}
-    shards, indexes = _seeds.shards(), _seeds.indexes(root / "outside.safetensors")
+    shards, indexes = _seeds.shards(), _seeds.indexes()
     manifest = [_seeds.manifest(root / "manifest", "MANIFEST.json")]
 
     def texts(seeds: list[bytes], limit: int) -> Callable[[Random], bytes]:

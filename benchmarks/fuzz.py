@@ -1,7 +1,7 @@
 """Feed mutated headers, indexes, configs, manifests, recipes, plans and scores to their readers.
 
     python benchmarks/fuzz.py [--cases 200000] [--seed 0] [--start 0] [--only N] [--json FILE]
-        [--folder fuzz-found] [--targets shard,index,...]
+        [--folder DIR] [--targets shard,index,...]
 
 Every case must end in success or in a MorphError of the documented exit code, in one printable
 line that names the file, within 2 CPU seconds and 256 MiB and without a warning; one case in 50
@@ -41,7 +41,8 @@ from _readers import MIB, Broken, StricterError, Target, require, targets
 from morph import checkpoint, cli
 from morph.errors import MismatchError, MorphError
 
-CPU_SECONDS, WALL_SECONDS, GROWTH, BATCH = 2.0, 30.0, 256 * MIB, 2000
+CPU_SECONDS, WALL_SECONDS, GROWTH, BATCH = 2.0, 10.0, 256 * MIB, 2000
+FOUND = Path(tempfile.gettempdir()) / "morph-fuzz"
 
 
 class Hang(BaseException):
@@ -102,18 +103,22 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def too_long(number: int, frame: Any) -> None:
-    """Stop a case from a timer."""
-    raise Hang
-
-
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Raise Hang where what runs takes too long, of the CPU or of the clock."""
+    """Raise Hang where what runs takes too much of the CPU, or waits for something for ever."""
+    used = time.process_time()
+
+    def ring(number: int, frame: Any) -> None:
+        nonlocal used
+        now = time.process_time()
+        if number == signal.SIGPROF or now - used < 0.01:  # others may have had the CPU meanwhile
+            raise Hang
+        used = now
+
     signals = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
-    before = {number: signal.signal(number, too_long) for number in signals}
+    before = {number: signal.signal(number, ring) for number in signals}
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS, WALL_SECONDS)
     try:
         yield
     finally:
@@ -149,7 +154,7 @@ def judge(target: Target, file: Path, tally: Tally, name: str) -> tuple[str, int
 
 
 def by_command(target: Target, file: Path, code: int) -> None:
-    """Give the file to the command line: the same exit code, one error line, no control."""
+    """Give the file to the command line: the same code, one error line, no control character."""
     place = file if target.command == "check" else file.parent
     if target.command == "inspect":  # which opens what the reader may refuse for other reasons
         code = 0
@@ -162,7 +167,7 @@ def by_command(target: Target, file: Path, code: int) -> None:
         try:
             cli.main([target.command, str(place)])
         except SystemExit as done:
-            found = done.code
+            found = int(done.code or 0)
     said = err.getvalue()
     require(found == code, f"morph {target.command}: exit {found}, expected {code}: {said[:300]}")
     require(not code or said.splitlines()[-1].startswith("error: "), f"no error line: {said[:300]}")
@@ -301,6 +306,7 @@ def report(tally: Tally, seed: int, cases: int, seconds: float, folder: Path) ->
         "cpu_seconds": round(seconds, 1),
         "versions": {n: version(n) for n in packages} | {"python": platform.python_version()},
         **tally.dump(),
+        "refusals": dict(tally.refusals.most_common(100)),
     }
 
 
@@ -312,9 +318,9 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run one case, in this process")
     parser.add_argument(
-        "--targets", default="", help="of shard,index,config,manifest,recipe,plan,scores"
+        "--targets", default="", help="some of them, such as shard,index (see _readers.py)"
     )
-    parser.add_argument("--folder", type=Path, default=Path("fuzz-found"))
+    parser.add_argument("--folder", type=Path, default=FOUND)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     only = [name for name in given.targets.split(",") if name]

@@ -183,7 +183,8 @@ def verify(
 
     found = _verify_files.verify_command(path, against, pre, say=terminal.say)
     terminal.emit(found, as_json, words.verified)
-    terminal.next_command(["inspect", str(path)])
+    if (path.expanduser() / "config.json").exists():  # weights alone and adapters have none
+        terminal.next_command(["inspect", str(path)])
 
 
 def convert_pickle(

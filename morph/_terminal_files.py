@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from morph.errors import escape
@@ -208,10 +208,12 @@ _COMPARED = {
 
 def restored(found: Mapping[str, Any]) -> None:
     """Print `morph restore`: what comes back, what it costs, and what to do with it."""
+    from morph.checkpoint._hub import name_of
+
     settings = [f"{k} {found[k]:g}" for k in ("rho", "alpha") if k in found]
     told: dict[str, Any] = {
-        "PRE": os.path.basename(found["pre"]),
-        "POST": os.path.basename(found["post"]) + " (a LoRA adapter)" * found["adapter"],
+        "PRE": name_of(Path(found["pre"])),
+        "POST": name_of(Path(found["post"])) + " (a LoRA adapter)" * found["adapter"],
         "OUT": found["out"],
         "method": ", ".join([found["method"], *settings]),
         "layers": f"{len(found['layers'])} of {found['layers_of']}: {_runs(found['layers'])}",
@@ -221,9 +223,10 @@ def restored(found: Mapping[str, Any]) -> None:
         "least cosine of q rows, in samples": found["cosine_of_q"],
     }
     if found["dry_run"]:
-        told["free here"] = f"{size(found['free_bytes'])}; --copy {found['copy']}"
+        need, free = size(found["total_bytes"]), size(found["free_bytes"])
+        told["disk"] = f"{free} free for {need} and side files; --copy {found['copy']}"
     elif found["resumed"]:
-        told["finished by an earlier run"] = f"{len(found['resumed'])} files"
+        told["finished by an earlier run"] = found["resumed"]
     if not found.get("hashed", True):
         told["hashes"] = "none: no manifest to verify against"
     if found.get("not_copied"):
@@ -238,7 +241,8 @@ def restored(found: Mapping[str, Any]) -> None:
     if found["dry_run"]:
         say("dry run: nothing was written.")
     else:
-        say("Recovery is partial, and a restore can do harm: evaluate both, POST and OUT.")
+        how = "" if found["adapter"] else " (`morph evaluate FOLDER --data TEXT`)"
+        say(f"Recovery is partial, and a restore can do harm: evaluate both, POST and OUT{how}.")
 
 
 def _sampled(drift: Mapping[str, float]) -> str | None:

@@ -592,6 +592,10 @@ def _guarded(call: Callable[[], int]) -> int:
     except (OSError, MemoryError) as error:
         return terminal.fail(StorageError(f"{type(error).__name__}: {error}"))
     except RuntimeError as error:
+        if "home directory" in str(error):  # pathlib's words
+            return terminal.fail(
+                UsageError("~NAME in a path names nobody's home folder here; ./~NAME is a folder.")
+            )
         if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's words
             return terminal.fail(StorageError(f"out of memory: {error}"))
         raise

@@ -28,11 +28,10 @@ from typing import Any, Literal
 from morph import plan as planning
 from morph import strict
 from morph.errors import PlanError, RecipeError, StorageError, escape, nearest
-from morph.plan import Geometry, Granularity, Scores
+from morph.plan import MAX_DEPTH, Geometry, Granularity, Scores
 from morph.recipes import _yaml
 
 MAX_BYTES = 64 << 20  # the pairs of a large model's heads are about half of that
-MAX_DEPTH = 32
 MAX_TOKENS = 2**31 - 1
 
 FORMATS = {
@@ -73,7 +72,7 @@ def read(path: str | Path, geometry: Geometry, model_type: str) -> Scores:
     key, the value and what is allowed: for an unknown format, and where file and geometry differ.
     """
     where = escape(path)
-    data = _bytes(Path(path), where)
+    data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -201,16 +200,20 @@ def aggregate(
     )
 
 
-def _bytes(path: Path, where: str) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would block for ever
-        raise PlanError(f"{where}: is not a file. Give a selection file.")
+def read_bytes(path: str | Path) -> bytes:
+    """Return what is in a file of scores or a plan; raise PlanError for what cannot be one."""
+    file, where = Path(path), escape(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        if file.exists() and not file.is_file():  # a pipe would block for ever
+            raise PlanError(f"{where}: is not a file. Give a file of scores, or a plan.")
+        with file.open("rb") as opened:
+            data = opened.read(MAX_BYTES + 1)
+    except PlanError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise PlanError(f"{where}: cannot be read ({escape(error)}).") from error
     if len(data) > MAX_BYTES:
-        raise PlanError(f"{where}: larger than {MAX_BYTES >> 20} MiB; no selection file is.")
+        raise PlanError(f"{where}: larger than {MAX_BYTES >> 20} MiB; no such file is.")
     return data
 
 
@@ -265,10 +268,7 @@ def _json(text: str, where: str) -> Any:
         raise PlanError(f"{where}: nested deeper than {MAX_DEPTH} levels.") from error
     except ValueError as error:
         raise PlanError(f"{where}: not valid JSON ({escape(error)}).") from error
-    level = [data]
-    for _ in range(MAX_DEPTH + 1):
-        level = [inner for outer in level for inner in _inside(outer)]
-    if level:
+    if strict.nested_deeper(data, MAX_DEPTH):
         raise PlanError(f"{where}: nested deeper than {MAX_DEPTH} levels.")
     return data
 

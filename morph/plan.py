@@ -23,6 +23,7 @@ Granularity = Literal["layer", "kv_head", "head"]
 Fusion = Literal["none", "scale"]
 Unit = int | tuple[int, int]
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+MAX_DEPTH = 32
 STATE_BYTES = 4  # recurrent states are kept in float32 whatever the model's dtype
 
 
@@ -439,8 +440,11 @@ def _json(text: str, where: str) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        data = json.loads(text, object_pairs_hook=pairs)
     except PlanError:
         raise
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{where}: not valid JSON ({error}).") from error
+        raise PlanError(f"{where}: not valid JSON ({escape(error)}).") from error
+    if strict.nested_deeper(data, MAX_DEPTH):
+        raise PlanError(f"{where}: nested deeper than {MAX_DEPTH} levels.")
+    return data

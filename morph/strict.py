@@ -98,6 +98,18 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def nested_deeper(data: Any, levels: int) -> bool:
+    """Return whether plain data holds lists or mappings more than `levels` deep.
+
+    Walks that are recursive come to Python's limit at some hundreds.
+    """
+    level = [data] if isinstance(data, (dict, list)) else []
+    for _ in range(levels):
+        inner = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [x for values in inner for x in values if isinstance(x, (dict, list))]
+    return bool(level)
+
+
 def _is_mapping(origin: Any) -> bool:
     return isinstance(origin, type) and issubclass(origin, Mapping)
 

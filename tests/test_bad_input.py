@@ -239,7 +239,7 @@ def test_broken_checkpoint_is_inspected(case: str, place: Place) -> None:
         ("text.txt", "text.txt"),
         ("empty", "config.json"),
         ("\x1b[31m[/x]", "\\x1b[31m[/x]"),
-        ("", "place"),
+        ("", "'' is neither"),
     ],
     ids=["missing", "too-many-slashes", "a-file", "empty-folder", "hostile", "no-name"],
 )
@@ -248,8 +248,8 @@ def test_path_that_is_no_checkpoint(command: str, model: str, named: str, place:
     (place.root / "empty").mkdir()
     more = {"convert": ["out", "--plan", place.plan], "evaluate": ["--data", place.text]}
     code = 3
-    if (command, model) == ("verify", "empty"):
-        named = "MANIFEST.json"
+    if (command, model) == ("verify", ""):  # a path, which is the folder one is in
+        named = "place"
     assert named in refused(place.root, code, command, model, *more.get(command, []))
 
 
@@ -414,11 +414,13 @@ def test_plan_and_flags_that_choose(place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", ["plan", "scores", "recipe"])
-@pytest.mark.parametrize("what", ["missing", "a-folder", "not-text"])
+@pytest.mark.parametrize("what", ["missing", "a-folder", "a-pipe", "not-text"])
 def test_files_that_cannot_be_read(name: str, what: str, place: Place) -> None:
     file = place.root / ("bad.yaml" if name == "recipe" else "bad.json")
     if what == "a-folder":
         file.mkdir()
+    elif what == "a-pipe":
+        os.mkfifo(file)
     elif what == "not-text":
         file.write_bytes(b"\xff\xfe\x00")
     commands: dict[str, list[object]] = {
@@ -486,7 +488,7 @@ def test_folder_that_morph_did_not_write(command: str, place: Place) -> None:
         "evaluate": ["--against", place.other, "--data", place.text],
         "verify": ["--against", place.other],
     }
-    code = 3 if command == "verify" else 4
+    code = 6 if command == "verify" else 4  # any two folders can be compared
     assert "morph" in refused(place.root, code, command, place.model, *calls[command])
 
 

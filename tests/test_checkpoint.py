@@ -426,3 +426,24 @@ def test_real_checkpoints(shared_models: Path, tmp_path: Path) -> None:
         assert found.nonfinite() == []
         write(found, tmp_path / folder.name)
         assert kept_equal(found, verify(tmp_path / folder.name))[1:] == ([], [])
+
+
+@pytest.mark.parametrize("closed", ["in", "in/more"])
+def test_folders_that_may_not_be_read_are_named(
+    closed: str, source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read everything, so that the system's answer is made up here."""
+    (source.path / "more").mkdir()
+    Checkpoint.open(source.path)
+    refused = str(source.path.parent / closed)
+    scan, access = os.scandir, os.access
+
+    def scandir(path: str | Path) -> Any:
+        if str(path) == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "access", lambda p, mode: str(p) != refused and access(p, mode))
+    with pytest.raises(CheckpointError, match=f"{closed} cannot be read: [Pp]ermission"):
+        Checkpoint.open(source.path)

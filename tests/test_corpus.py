@@ -33,7 +33,7 @@ from morph.errors import (
 
 c = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_corpus.py"))))
 ONE, TWO, INDEX, Q, CONFIG, SHAPES = c.ONE, c.TWO, c.INDEX, c.Q, c.CONFIG, c.SHAPES
-FIRST = c.FIRST
+FIRST, MANIFEST = c.FIRST, c.MANIFEST
 COMMANDS, EVERY, OPENING, WHOLE, STRICT = c.COMMANDS, c.EVERY, c.OPENING, c.WHOLE, c.STRICT
 good, layout, pack, shapes_of = c.good, c.layout, c.pack, c.shapes_of
 morph, refused, state = c.morph, c.refused, c.state
@@ -247,6 +247,10 @@ def many_lists(name: str, before: bytes, mebibytes: int) -> Act:
     return act
 
 
+def manifest(files: Any) -> Act:
+    return text(MANIFEST, json.dumps({"format": 1, "files": files}))
+
+
 def padded(spaces: int) -> Act:
     """Let the data of the first shard start at an odd byte."""
     return lambda folder: (folder / ONE).write_bytes(
@@ -284,6 +288,8 @@ class Case(NamedTuple):
     other: Mapping[str, tuple[type[MorphError], str]] = {}
 
 
+ENTRY = {"bytes": 1, "sha256": "0" * 64}
+VERIFY = ("verify",)
 E, U, M = CheckpointError, UnsupportedModel, MismatchError
 CASES: dict[str, Case] = {
     # the file as a whole
@@ -475,6 +481,27 @@ CASES: dict[str, Case] = {
         "adapter_config.json: its peft_type is 'IA3'",
         ("restore-post",),
     ),
+    # what morph writes beside the weights
+    "manifest-dotdot": Case(manifest({"../x": ENTRY}), E, r"MANIFEST.*'\.\./x'", VERIFY),
+    "manifest-absolute": Case(manifest({"/etc/passwd": ENTRY}), E, "MANIFEST.*/etc/passwd", VERIFY),
+    "manifest-drive": Case(manifest({"C:x": ENTRY}), E, "MANIFEST.*C:x", VERIFY),
+    "manifest-escape": Case(manifest({"\x1b[2J": ENTRY}), E, r"\\x1b\[2J", VERIFY),
+    "manifest-entry-list": Case(manifest({"x": []}), E, "MANIFEST.*'x' needs", VERIFY),
+    "manifest-files-list": Case(manifest([]), E, f"{MANIFEST}: expected format 1", VERIFY),
+    "manifest-not-json": Case(text(MANIFEST, "{"), E, f"{MANIFEST}: not valid", VERIFY),
+    "manifest-doubled-key": Case(
+        text(MANIFEST, '{"format": 1, "files": {}, "files": {}}'), E, "'files' appears", VERIFY
+    ),
+    "manifest-of-100-mb": Case(hollow(MANIFEST, 100 << 20), E, f"{MANIFEST} has", VERIFY),
+    "manifest-of-5-million-lists": Case(
+        many_lists(MANIFEST, b'{"format":1,"files":{},"a":', 15), E, MANIFEST, VERIFY
+    ),
+    "manifest-fifo": Case(lambda f: os.mkfifo(f / MANIFEST), E, f"{MANIFEST} is not", VERIFY),
+    "record-list": Case(text("morph.json", "[]"), E, "morph.json", ("verify", "restore-post")),
+    "record-not-json": Case(text("morph.json", "{"), E, "morph.json", ("verify", "restore-post")),
+    "record-of-restores-list": Case(
+        text("morph.json", '{"restored": [1]}'), E, "morph.json.*restored", ("restore-post",)
+    ),
     # the config
     "config-list": Case(text("config.json", "[]"), E, "config.json must be a JSON object", WHOLE),
     "config-not-json": Case(
@@ -652,6 +679,11 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "rope_theta is 500000.0 in PRE and 10000.0 in POST",
     ),
+    "pair-rope-beyond-floats": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}},
+        {},
+        "rope_theta is 10+… in PRE and 10000.0 in POST",
+    ),
     "pair-rope-scaling": (
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
         {},
@@ -677,8 +709,9 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_broken_checkpoint_is_refused(name: str, place: Path) -> None:
     case = CASES[name]
-    case.act(good(place / "bad"))
-    if "verify" in case.commands:
+    # as PRE it must differ from POST, as POST from PRE
+    case.act(good(place / "bad", tuned="restore-pre" not in case.commands))
+    if "verify" in case.commands and not (place / "bad" / MANIFEST).exists():
         c.with_manifest(place / "bad")
     for command in case.commands:
         error, message = case.other.get(command, (case.error, case.message))
@@ -708,6 +741,13 @@ def test_a_pair_that_does_not_belong_together_is_refused(name: str, tmp_path: Pa
     assert "Nothing was written." in line
 
 
+def test_another_vocabulary_is_told(tmp_path: Path) -> None:
+    good(tmp_path / "pre", shapes=shapes_of(vocab=7), vocab_size=7)
+    good(tmp_path / "post", tuned=True)
+    found = morph(*c.restore(tmp_path))
+    assert found.code == 0 and "vocab_size is 7 in PRE and 6 in POST" in found.err
+
+
 PATHS = {
     "path-missing": "nowhere",
     "path-of-a-file": "pre/config.json",
@@ -734,6 +774,22 @@ def test_a_bit_that_flipped_is_found_by_the_manifest(place: Path) -> None:
     data[-1] ^= 1
     (place / "post" / TWO).write_bytes(bytes(data))
     refused(place, VerificationFailed, f"{TWO}: expected sha256", "verify", "post")
+
+
+@pytest.mark.parametrize("command", ["restore", "plan", "convert", "check"])
+def test_a_pipe_in_place_of_a_file_does_not_block(command: str, place: Path) -> None:
+    for name in ("pipe.json", "pipe.yaml"):
+        os.mkfifo(place / name)
+    calls = {
+        "restore": ["pre", "post", "out", "--layers", "pipe.json"],
+        "plan": ["pipe.json", "--model", "pre", "--budget", "1", "--out", "p.json"],
+        "convert": ["pre", "out", "--plan", "pipe.json"],
+        "check": ["pipe.yaml"],
+    }
+    before = state(place)
+    found = morph(command, *calls[command])
+    assert found.code == 2 and found.err.startswith("error: "), found.err
+    assert state(place) == before
 
 
 def test_nothing_in_a_checkpoint_is_run(place: Path) -> None:
@@ -912,7 +968,7 @@ TICKS = {
     "donor of another kind": (
         "pair-shape pair-heads pair-dtype-wider pair-dtype-narrower pair-rope-theta "
         "pair-rope-scaling pair-qk-norm-in-post pair-qk-norm-in-pre pair-layer-order "
-        "pair-dense-teacher"
+        "pair-dense-teacher ::test_another_vocabulary_is_told"
     ),
     "YAML": (
         "yaml-python-tag yaml-doubled-key yaml-number-as-text yaml-no-is-text yaml-date "

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from morph import _terminal_files as words
-from morph import cli, difference
+from morph import cli, difference, restore
 from morph.checkpoint import Weights
 from morph.errors import CheckpointError, MismatchError, OutputExists
 from morph.pipeline import _diff
@@ -74,7 +74,7 @@ def test_equal_whatever_the_sharding(a: Path, tmp_path: Path, shards: int) -> No
     assert found["counts"]["equal"] == len(names) == sum(found["counts"].values())
     assert all(p["drift"] == 0.0 and not p["entries_changed"]
                for row in found["tensors"] for p in row["parts"])  # fmt: skip
-    assert found["next"] == ["evaluate", str(b)]
+    assert found["next"] == ["inspect", str(b)]
     assert found["conclusion"] == [f"A and B hold the same {len(names)} tensors, byte for byte."]
     assert found["config_differs"] == []
 
@@ -369,7 +369,7 @@ def test_an_architecture_that_is_not_known_falls_back_to_names_and_says_so(
     assert group(found, "q", "")["tensors_changed"] == 0
     assert group(found, "mixer", "")["tensors"] == 12
     assert "novel" in " ".join(found["notes"]) and "names" in " ".join(found["notes"])
-    assert found["next"] == ["evaluate", str(tmp_path / "b")]
+    assert found["next"] == ["inspect", str(tmp_path / "b")]
     assert found["conclusion"][0].startswith("By their names: q equal, k 0.0")
     assert "drift by layer" in printed(found, False, 80, monkeypatch)
 
@@ -381,10 +381,10 @@ def test_an_architecture_that_is_not_known_falls_back_to_names_and_says_so(
     ("wanted", "says", "command"),
     [
         (("q_proj", "k_proj", "v_proj", "mlp"), "q and k of the 2 full layers moved", "restore"),
-        (("v_proj", "o_proj", "mlp"), "are equal: nothing to restore", "evaluate"),
+        (("v_proj", "o_proj", "mlp"), "are equal: nothing to restore", "inspect"),
         (("layers.3.self_attn.k_proj", "v_proj"), "q and k of 1 of the 2 full layers", "restore"),
         (("q_proj",), "v of the 2 full layers is equal while q and k are not", "restore"),
-        (("linear_attn",), "are equal: nothing to restore", "evaluate"),
+        (("linear_attn",), "are equal: nothing to restore", "inspect"),
     ],
     ids=["all", "values-only", "one-layer", "queries-only", "mixers-only"],
 )
@@ -396,6 +396,20 @@ def test_the_conclusion_and_the_next_command(
     assert any(says in sentence for sentence in found["conclusion"]), found["conclusion"]
     more = [str(a), str(b), "b-restored"] if command == "restore" else [str(b)]
     assert found["next"] == [command, *more]
+
+
+def test_biases_alone_are_something_to_restore(tmp_path: Path) -> None:
+    """As after a tuning of biases alone; `restore` puts them back by default."""
+    kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_restoring.py"))))
+    a, b = kit.pair(tmp_path, "qwen2", shards=1)
+    before, after = kit.read(a), kit.read(b)
+    mixed = {n: (after if n.endswith("q_proj.bias") else before)[n] for n in after}
+    kit.write_file(b / "model.safetensors", mixed)
+    found = diff(a, b)
+    assert found["next"][0] == "restore"
+    assert "q bias 0.0" in found["conclusion"][0], found["conclusion"]
+    assert "k bias" not in found["conclusion"][0]
+    assert restore.plan(a, b).nbytes > 0
 
 
 def test_the_bytes_that_restore_would_replace(a: Path, tmp_path: Path) -> None:
@@ -444,7 +458,7 @@ def test_sliding_layers_are_told_apart(tmp_path: Path) -> None:
     )
     found = diff(a, b)
     assert found["kinds"] == ["sliding", "full"]
-    assert found["next"][0] == "evaluate"
+    assert found["next"][0] == "inspect"
     assert "In 1 sliding layer q and k moved" in " ".join(found["conclusion"])
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -91,6 +92,10 @@ def endless(path: Path, **more: Any) -> Any:
         pass
 
 
+def waiting(path: Path, **more: Any) -> Any:
+    time.sleep(60)
+
+
 def greedy(path: Path, **more: Any) -> Any:
     held = b"x" * (300 << 20)
     raise CheckpointError(f"{path} has {len(held) >> 40} bytes.")
@@ -117,6 +122,7 @@ PLANTED: dict[str, tuple[Callable[..., Any], str]] = {
     "believes-the-header": (lenient, "safetensors sees something else"),
     "another-exception": (bug, "KeyError: 'a bug'"),
     "hangs": (endless, "hang"),
+    "waits": (waiting, "hang"),
     "takes-memory": (greedy, "memory: 3"),
     "warns": (warning, "DeprecationWarning: deprecated"),
     "says-two-lines": (two_lines, "not one printable line"),
@@ -131,6 +137,7 @@ def test_what_is_planted_is_found(
 ) -> None:
     reader, why = PLANTED[name]
     monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(fuzz, "WALL_SECONDS", 1.0)
     (tmp_path / "root").mkdir()
     known = fuzz.targets
     monkeypatch.setattr(fuzz, "targets", lambda root: {"shard": known(root)["shard"]})

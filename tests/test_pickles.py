@@ -155,7 +155,7 @@ def test_all_of_a_folder_through_the_closed_process(new, tmp_path):
     assert {p.name for p in out.iterdir()} == names
     assert found["left_out"] == ["modeling_x.py", "optimizer.pt"]
     assert found["dropped"] == [
-        "steps: a int, no tensor",
+        "steps: an int, no tensor",
         "name: a str, no tensor",
         f"{HEAD}: the same storage as {EMBEDDING}, tied by config.json",
     ]
@@ -247,7 +247,7 @@ def test_a_training_file_gives_its_weights(kind, here, tmp_path):
     )
     check_equal(tmp_path / "out", value)
     left = {
-        "state_dict": ["x.ckpt: epoch: a int"],
+        "state_dict": ["x.ckpt: epoch: an int"],
         "model": ["x.ckpt: optimizer: a dict with 1 tensors"],
     }
     assert found["left_out"] == left.get(kind)

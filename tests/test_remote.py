@@ -374,7 +374,7 @@ def test_convert_compares_the_remote_code_too(tmp_path, monkeypatch):
         return {**files, "morph_mixers_decay.py": changed}
 
     monkeypatch.setattr(_remote, "files", wrong)
-    with pytest.raises(VerificationFailed, match="by its own code: logits .* differ"):
+    with pytest.raises(VerificationFailed, match="^bad by its own code: logits .* differ"):
         morph.convert(source, tmp_path / "bad", plan, **options)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("bad")]
     assert not (tmp_path / "home" / "modules").exists()

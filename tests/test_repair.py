@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from morph import checkpoint, cli, repair
+from morph import checkpoint, cli, repair, report
 from morph.errors import DataError, RecipeError
 from morph.evaluation import Hit, Measured, paired_interval
 from morph.plan import loads_plan
@@ -272,3 +272,23 @@ def test_a_change_of_the_restore_redoes_nothing_else(tiny, tmp_path):
     code, told = morph("run", tiny / "recipe.yaml", "--out", out, "--set", "restore.include=[q]")
     assert code == 0, told
     assert f"repair:unchanged,kept{out}/repair.json" in "".join(told.split())
+
+
+def test_what_cannot_be_restored_is_not_tuned_first(tiny):
+    sets = ["--set", "restore.layers=99", "--set", "finetune.tokens=4K"]
+    before = sorted(p.name for p in (tiny / "out").iterdir())
+    code, told = morph("run", tiny / "recipe.yaml", "--out", tiny / "out", *sets)
+    assert code == 2, told
+    assert "99" in told
+    assert sorted(p.name for p in (tiny / "out").iterdir()) == before
+
+
+def test_a_page_of_a_tuning_alone():
+    sides = {"pre": "0" * 9, "post": "1" * 9}
+    hits = {n: hits_of(o, "sums", 30) for n, o in sides.items()}
+    found = repair.compare(hits, {}, tuned=["sums"])
+    assert report.repair_picture(found)[:4] == b"\x89PNG"
+    head, rows = report.repair_numbers(found)
+    assert head == ["", "pre", "post"]
+    assert rows[0] == ["sums solved, n=9", "0.000", "1.000"]
+    assert report.repair_conclusion(found) == "No recall was asked for."

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from morph import restore
-from morph.errors import MismatchError, MorphError, UnsupportedModel, UsageError
+from morph.errors import CheckpointError, MismatchError, MorphError, UnsupportedModel, UsageError
 
 kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_restoring.py"))))
 tiny = kit.tiny
@@ -200,6 +200,74 @@ def test_adapters_without_a_delta_of_q_and_k(adapter: tuple[Path, Path], tmp_pat
     assert kit.data(again) == kit.data(out)
     change(post, lambda t: [t.pop(n) for n in list(t) if ".q_proj." in n or ".k_proj." in n])
     refuse(base, post, MismatchError, "holds nothing of the chosen layers' q,k,bias")
+
+
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [
+        ("org/another", "org/another"),
+        ("/home/someone/models/another/", "another"),
+        ("../models/org/another", "another"),
+        ("C:\\models\\another", "another"),
+    ],
+)
+def test_no_path_of_a_machine_is_recorded(
+    named: str, shown: str, adapter: tuple[Path, Path], tmp_path: Path
+):
+    base, post = adapter
+    configure(post, base_model_name_or_path=named)
+    plan = restore.plan(base, post)
+    assert f"the adapter names {shown} as its base; PRE was taken for it." in plan.notes
+    restore.write(plan, tmp_path / "out", durable=False)
+    told = (tmp_path / "out/morph.json").read_text() + (tmp_path / "out/README.md").read_text()
+    assert f"names {shown} as" in told and str(tmp_path) not in told
+    for path in ("someone", "models"):
+        assert path not in told
+
+
+def test_adapters_inside_the_folder_are_left_out_and_told(
+    adapter: tuple[Path, Path], tmp_path: Path
+):
+    """PEFT saves further adapters of one model into folders inside the first one's."""
+    base, post = adapter
+    (post / "second").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (post / "second" / name).write_bytes((post / name).read_bytes())
+    (post / "more").mkdir()
+    (post / "more" / "notes.txt").write_text("kept")
+    plan = restore.plan(base, post)
+    assert any(note.endswith("restore each by itself: second.") for note in plan.notes)
+    made = restore.write(plan, tmp_path / "out", durable=False)
+    assert not (tmp_path / "out/second").exists() and (tmp_path / "out/more/notes.txt").exists()
+    assert {"second/adapter_config.json", "second/README.md"} <= set(made.not_copied)
+    assert kit.morph("verify", made.path, "--against", post, "--pre", base).code == 0
+    assert kit.data(kit.restored(base, post / "second", tmp_path / "two")) == kit.data(made.path)
+
+
+def test_an_adapter_beside_a_model_is_refused_on_both_sides(
+    adapter: tuple[Path, Path], tmp_path: Path
+):
+    """transformers would load the adapter's base and the adapter, and not the model's weights."""
+    base, post = adapter
+    both = kit.copy_tuned(base, tmp_path / "both")
+    kit.restored(base, both, tmp_path / "out")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (both / name).write_bytes((post / name).read_bytes())
+    for pair in ((base, both), (both, base)):
+        refuse(*pair, CheckpointError, "holds a model and an adapter")
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "phi3", "gpt_neox", "recurrent_gemma"])
+def test_a_restored_adapter_passes_verify_whatever_its_modules_are_called(
+    model_type: str, tmp_path: Path
+):
+    """Without the base's config nothing says that `mixer.q_proj` is softmax attention."""
+    modules = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
+    base, post = written(tmp_path, model_type, modules)
+    kit.restored(base, post, tmp_path / "out", layers="all")
+    for more in ((), ("--pre", base)):
+        found = kit.morph("verify", tmp_path / "out", "--against", post, *more)
+        assert found.code == 0, found.err
 
 
 def test_the_command_says_what_an_adapter_is(adapter: tuple[Path, Path], tmp_path: Path):

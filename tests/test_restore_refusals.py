@@ -270,6 +270,23 @@ def test_the_dense_teacher_is_told_by_its_layers(pair: tuple[Path, Path], tmp_pa
     refuse(teacher, post, 4, "the model that POST was converted from", "morph.json")
 
 
+def test_the_recorded_teacher_is_refused_where_its_layers_look_alike(pair: tuple[Path, Path]):
+    """Attention beside a linear mixer is softmax attention too; only the record tells."""
+    pre, post = pair
+    record = {"source": {"name": "pre", "sha256": Checkpoint.open(pre, strict=False).fingerprint}}
+    (post / "morph.json").write_text(json.dumps(record))
+    refuse(pre, post, 4, "is the model that POST was converted from", "--allow unrelated")
+    assert any("converted from" in n for n in passes(pre, post, "--allow", "unrelated"))
+
+
+def test_another_parent_than_the_recorded_one_is_told(pair: tuple[Path, Path]):
+    pre, post = pair
+    ours = Checkpoint.open(pre, strict=False).fingerprint
+    for parent, told in ((ours, False), ("0" * 64, True)):
+        (post / "morph.json").write_text(json.dumps({"pre": {"sha256": parent}}))
+        assert told == any("names another checkpoint" in note for note in passes(pre, post))
+
+
 def test_layers_differ_in_number_or_kind(tmp_path: Path):
     pre, post = kit.pair(tmp_path, "gemma3_text", shards=1)
     config = tiny.config("gemma3_text")
@@ -324,6 +341,38 @@ def test_spellings_of_one_geometry_are_equal(tmp_path: Path):
     scaling = {"type": "linear", "factor": 2}
     configure(post, rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
     passes(pre, post)
+
+
+UNUSED = {"sliding_window": 9, "use_sliding_window": False}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "before", "after"),
+    [
+        ("qwen2", UNUSED, UNUSED | {"sliding_window": None}),
+        ("qwen3_moe", UNUSED, UNUSED | {"sliding_window": None}),
+        ("llama", {"head_dim": None, "hidden_size": 60}, {"hidden_size": 60}),
+        ("smollm3", {"no_rope_layers": None}, {"no_rope_layers": [1, 1, 1, 0]}),
+        ("glm4", {"rope_parameters": None, "rope_theta": 100, "partial_rotary_factor": 0.5}, {}),
+    ],
+)
+def test_a_config_that_transformers_saved_anew_is_the_same_geometry(
+    model_type: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path
+):
+    """Saving writes what null meant, and null for a window that is not in use."""
+    pre, post = kit.pair(tmp_path, model_type, shards=1)
+    saved = json.loads((post / "config.json").read_text())
+    for folder, changes in ((pre, before), (post, after)):
+        (folder / "config.json").write_text(json.dumps(saved | changes))  # null stays null
+    passes(pre, post)
+
+
+def test_positions_on_another_share_of_each_head(tmp_path: Path):
+    """Neither spelling stands in both configs."""
+    pre, post = kit.pair(tmp_path, "glm4", shards=1)
+    configure(pre, rope_parameters=None, rope_theta=100, partial_rotary_factor=0.25)
+    refuse(pre, post, 4, "rotary positions on 3 of them", "on 6 of them", "--allow geometry")
+    assert any("on 6 of them" in note for note in passes(pre, post, "--allow", "geometry"))
 
 
 def test_heads_of_another_size_in_the_same_shape(tmp_path: Path):

@@ -167,6 +167,15 @@ def test_a_finished_file_that_was_damaged_is_made_anew(patch: Patch, case: str) 
     assert set(beside(patch.root)) - {"elsewhere"} == {"out", "post", "pre"}
 
 
+def test_links_are_taken_over_only_where_links_are_asked_for(patch: Patch) -> None:
+    """Both ways of copying give the same bytes, so they have one key."""
+    for copy, links in (("link", 2), ("copy", 1)):
+        patch.stop(splices=[], copy="link")
+        assert set(patch.put(splices=[], copy=copy).resumed) >= {"config.json"}
+        assert {p.stat().st_nlink for p in patch.out.glob("model-*")} == {links}
+        shutil.rmtree(patch.out)
+
+
 def test_a_link_of_the_right_length_and_content_is_not_taken_over(patch: Patch) -> None:
     """The size of a link is that of its target's name; what it leads to may change any time."""
     elsewhere = patch.root / "elsewhere"

@@ -17,7 +17,8 @@ from transformers.models.olmo_hybrid.modeling_olmo_hybrid import (
 )
 
 from morph import checkpoint, modeling, registry, surgery
-from morph.checkpoint._plan import from_float, plan_shards
+from morph.checkpoint import from_float
+from morph.checkpoint._plan import plan_shards
 from morph.errors import CheckpointError, UsageError, VerificationFailed
 from morph.families import _mamba_hosts, _stock
 from morph.families._family import Move

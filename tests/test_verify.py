@@ -340,7 +340,7 @@ def test_another_post_or_pre_does_not_belong(pre: Path, post: Path, tmp_path: Pa
 def test_the_last_of_several_restores_counts(pre: Path, post: Path, tmp_path: Path) -> None:
     first = restored(pre, post, tmp_path / "first", layers="3")
     out = restored(pre, first, tmp_path / "out", layers="7")
-    assert verify(out, str(first), str(pre))["restored"].startswith("q, k of layers 7 ")
+    assert verify(out, str(first), str(pre))["restored"].startswith("q, k of layer 7 ")
     with pytest.raises(MismatchError):
         verify(out, str(post))
 

@@ -47,9 +47,9 @@ class Claim:
             fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # the holder before us may have removed the file that we locked
-                if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
-                    break
+                with suppress(FileNotFoundError):  # the holder before us removed what we locked
+                    if os.path.samestat(os.fstat(fd), os.stat(path)):
+                        break
             except BlockingIOError as error:
                 holder = os.pread(fd, 200, 0).decode("utf-8", "replace")
                 os.close(fd)
@@ -118,10 +118,12 @@ class Claim:
     def _refuse(self, past: Past, line: bytes) -> None:
         found = differences(past.identity, json.loads(line))
         changed = [text.removeprefix("files.").removeprefix("identity.") for text in found]
+        # what was asked for says more than what follows from it
+        changed.sort(key=lambda text: (not text.startswith("options."), "splices was" in text))
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         nbytes = sum(done.nbytes for done in past.done.values())
         raise MismatchError(
-            f"{escape(self.out)}: an unfinished write is there ({len(past.done)} files, {nbytes} "
-            f"bytes), of other inputs or options: {'; '.join(changed[:3])}{more}. Give --restart "
+            f"{escape(self.out)}: an unfinished write is there ({len(past.done)} finished "
+            f"file{'s' * (len(past.done) != 1)}, {nbytes} bytes), of other inputs or options: {'; '.join(changed[:3])}{more}. Give --restart "
             "to drop it, or another output."
         )

@@ -150,6 +150,7 @@ def _row_disagreements(
 
 
 def find_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder that a path names, links followed; raise CheckpointError for no folder."""
     given = Path(path).expanduser()
     try:
         mode = given.stat().st_mode
@@ -160,10 +161,13 @@ def find_folder(path: str | os.PathLike[str]) -> Path:
         ) from error
     if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{escape(given)} is a file; give the folder that holds config.json.")
+    if not os.access(given, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{escape(given)} cannot be read: permission is missing.")
     return given.resolve()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json as it is stored; raise CheckpointError where it is no model's."""
     if not os.path.lexists(folder / "config.json"):
         names = sorted(p.name for p in folder.iterdir())
         if "adapter_config.json" in names:
@@ -306,7 +310,11 @@ def side_files(folder: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[s
     pending = [folder]
     while pending:
         here = pending.pop()
-        for entry in sorted(os.scandir(here), key=lambda e: e.name):
+        try:
+            entries = sorted(os.scandir(here), key=lambda e: e.name)
+        except OSError as error:
+            raise CheckpointError(f"{escape(here)} cannot be read: {error.strerror}.") from error
+        for entry in entries:
             name = Path(entry.path).relative_to(folder).as_posix()
             if entry.name.startswith(".") or name in shards or name in ("config.json", INDEX):
                 continue

@@ -20,15 +20,23 @@ UNWANTED = [
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w-][\w.-]{0,95})?")
 
 
+def name_of(folder: Path) -> str:
+    """Return what people call a model's folder: its name; in a Hub cache, the Hub id."""
+    repo = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
 def resolve(model: str, revision: str | None = None) -> Path:
     """Return the folder of a local path, or download a Hub id (weights and side files, no code).
 
     Raises CheckpointError where it is neither, or cannot be had.
     """
-    local = Path(model).expanduser()
-    # a name too long, or in a folder that may not be looked into, is no folder either
-    with suppress(OSError, ValueError):
-        if local.exists():
+    # a name too long, of nobody's home, or in a folder that may not be looked into, is none either
+    with suppress(OSError, ValueError, RuntimeError):
+        local = Path(model).expanduser()
+        if model and local.exists():
             return local.resolve()
     if not _ID.fullmatch(model) or ".." in model:
         raise CheckpointError(
@@ -48,6 +56,6 @@ def resolve(model: str, revision: str | None = None) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"'{escape(model)}' is no local folder, and could not be had from the Hugging Face "
-            f"Hub: {escape(reason)} Check the name and the connection, or give a folder."
+            f"Hub: {escape(reason, 600)} Check the name and the connection, or give a folder."
         ) from error
     return Path(folder)

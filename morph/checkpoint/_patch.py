@@ -271,7 +271,7 @@ def _write_shard(stage: Staging, job: _Job, name: str, meter: Meter) -> None:
     source, size, splices = job.source, job.size(name), job.splices.get(name, ())
     path = source.path / name
     with reading(source.path, name, source.headers[name].identity) as fd, ExitStack() as stack:
-        if stage.reuse(name, size, lambda made: _has_header(made, source, name)):
+        if stage.reuse(name, size, lambda made: _is_ours(made, job, name)):
             meter.add(size)
             return
         if job.copy == "link" and not splices and _linked(stage, job, name, fd):
@@ -310,8 +310,11 @@ def _fill(target: NewFile, splice: Splice) -> None:
     target.append(view)
 
 
-def _has_header(path: Path, source: Weights, name: str) -> bool:
-    raw = source.headers[name].raw
+def _is_ours(path: Path, job: _Job, name: str) -> bool:
+    """Whether a file that is there has the shard's header, and is no link but where asked for."""
+    raw = job.source.headers[name].raw
+    if job.copy != "link" and path.stat().st_nlink > 1:
+        return False
     fd = open_regular(path.parent, path.name)
     try:
         return read_at(fd, 8, len(raw), path) == raw

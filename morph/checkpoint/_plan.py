@@ -18,7 +18,7 @@ from morph.checkpoint._format import (
     natural,
 )
 from morph.checkpoint._read import Checkpoint
-from morph.checkpoint._weights import to_float
+from morph.checkpoint._weights import from_float, to_float
 from morph.errors import CheckpointError, escape, nearest
 
 if TYPE_CHECKING:  # loaded where arrays are at hand, so that `morph inspect` starts fast
@@ -305,17 +305,6 @@ def _computed(inputs: _Inputs, target: str, move: MoveLike) -> Piece:
         if (to_float(dtype, from_float(dtype, found)) != found).any():
             dtype = "F32"
     return Piece(target, dtype, shape, lambda: from_float(dtype, values()))
-
-
-def from_float(dtype: str, array: np.ndarray) -> np.ndarray:
-    """Return numbers in a floating dtype, rounded to nearest, ties to even (bfloat16 as bits)."""
-    import numpy as np
-
-    if dtype != "BF16":
-        with np.errstate(over="ignore"):
-            return array.astype(NUMPY[dtype])
-    bits = array.astype("<f4").view("<u4")
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
 
 
 def _replacement(old: Piece, new: NewTensor) -> Piece:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from morph.checkpoint._folder import (
@@ -43,18 +43,21 @@ class Checkpoint(Weights):
         strict: bool = True,
         partial: bool = False,
         quantised: bool = False,
+        index: bool = True,
     ) -> Checkpoint:
         """Open `path`; `strict` also compares config and tensors and refuses what disagrees.
 
         `partial` allows that shards which the index names are not here (see `absent`), `quantised`
-        that the weights are quantised. Raises CheckpointError naming file, tensor or key, and
-        UnsupportedModel for quantised weights. Reads headers only.
+        that the weights are quantised. With `index` false the index only names the shards, and
+        what it says of tensors is not compared with their headers. Raises CheckpointError naming
+        file, tensor or key, and UnsupportedModel for quantised weights. Reads headers only.
         """
         folder = find_folder(path)
         raw = read_config(folder)
         dropped: list[str] = []
         config = clean_config(raw, dropped)
-        weights = read_weights(folder, find_shards(folder, partial=partial))
+        shards = find_shards(folder, partial=partial)
+        weights = read_weights(folder, shards if index else replace(shards, weight_map=None))
         reason = quantisation(config, weights.tensors)
         if reason and not quantised:
             raise UnsupportedModel(
@@ -109,6 +112,16 @@ class Checkpoint(Weights):
         return (
             f"config.json ties the embeddings, but {heads[0]} and {embeddings[0]} are stored with "
             "different values. Set tie_word_embeddings to what is meant, or delete one of them."
+        )
+
+
+def refuse_adapter(source: Checkpoint) -> None:
+    """Raise CheckpointError where an adapter lies beside a model, so that it is two models."""
+    if "adapter_config.json" in source.other_files:
+        raise CheckpointError(
+            f"{escape(source.path)} holds a model and an adapter (adapter_config.json), and "
+            "transformers would load both as one. Move the adapter to a folder of its own, or "
+            "merge it first."
         )
 
 

@@ -118,7 +118,7 @@ class Staging:
             kept = self._leave(keep=stopped)
         finally:
             self._claim.release()
-        note = self._missing(error) + kept
+        note = " ".join(text for text in (self._missing(error), kept) if text)
         if kept and isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"stopped. {kept}") from None
         if note and isinstance(error, (StorageError, Interrupted)):
@@ -379,4 +379,4 @@ class Staging:
             return ""
         there = sum(done.nbytes for done in self._journal.done.values()) if self._journal else 0
         lacks = self.need - there - shutil.disk_usage(self.out.parent).free
-        return f"{lacks} more bytes are needed. " if lacks > 0 else ""
+        return f"{lacks} more bytes are needed." if lacks > 0 else ""

@@ -197,3 +197,19 @@ def to_float(dtype: str, array: np.ndarray) -> np.ndarray:
     if dtype.startswith(("F8", "F4", "F6_")):
         raise CheckpointError(f"{dtype} cannot be turned into numbers here.")
     return array if dtype == "F64" else array.astype(np.float32)
+
+
+def from_float(dtype: str, array: np.ndarray) -> np.ndarray:
+    """Return numbers in a floating dtype, rounded to nearest, ties to even (bfloat16 as bits)."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        narrow = array.astype("<f4" if dtype == "BF16" else NUMPY[dtype])
+    if dtype != "BF16":
+        return narrow
+    bits = narrow.view("<u4")
+    if array.dtype == np.float64:  # a tie that float32 made of a number beside it is none
+        tied = (bits & 0xFFFF) == 0x8000
+        bits = bits + (tied & (abs(narrow) < abs(array))) - (tied & (abs(narrow) > abs(array)))
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(narrow), bits >> 16 | 0x40, rounded).astype("<u2")

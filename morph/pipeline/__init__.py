@@ -415,6 +415,12 @@ def plan_of_folder(path: Path, source: Source | None = None) -> Plan:
     Raises MismatchError for any other folder, and where `source` is not what it was made of.
     """
     found = record_of(path)
+    if "restored" in found and "plan" not in found:
+        raise MismatchError(
+            f"{escape(path)} was restored, and its morph.json names no plan to compare by, since "
+            "the fine-tuned checkpoint had none. Evaluate it and the fine-tuned one each by "
+            "itself, without --against."
+        )
     if "plan" not in found:
         raise MismatchError(
             f"{path} was not written by morph: it has no morph.json that names a plan. "

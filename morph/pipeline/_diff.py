@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from morph import checkpoint, difference, layouts
-from morph.checkpoint import TensorInfo, Weights
-from morph.checkpoint._folder import LAYER, clean_config, read_config
+from morph.checkpoint import TensorInfo, Weights, clean_config
+from morph.checkpoint._folder import LAYER, read_config
 from morph.checkpoint._format import byte_size, natural
 from morph.difference import Reader
 from morph.errors import (
@@ -21,8 +22,7 @@ from morph.errors import (
     escape,
     nearest,
 )
-from morph.layouts import Rows
-from morph.layouts._read import PREFIXES
+from morph.layouts import PREFIXES, Rows
 from morph.pipeline import _diff_tables, _diff_words
 from morph.pipeline._choosing import check_folder
 from morph.pipeline._diff_tables import Part
@@ -352,6 +352,7 @@ def _write(out: Path, found: Mapping[str, Any]) -> None:
     from morph import report
 
     files = {"diff.png": report.difference_picture(found), "diff.json": checkpoint.dump_json(found)}
+    fresh = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -359,6 +360,12 @@ def _write(out: Path, found: Mapping[str, Any]) -> None:
             partial.write_bytes(data)
             os.replace(partial, out / name)
     except OSError as error:
+        for name in files:
+            with suppress(OSError):
+                (out / f".{name}.partial").unlink(missing_ok=True)
+        if fresh:
+            with suppress(OSError):
+                out.rmdir()
         raise StorageError(
             f"{escape(out)}: cannot write the comparison ({error.strerror}); give another --out."
         ) from error

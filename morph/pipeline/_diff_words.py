@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path
 from statistics import median
 from typing import Any
+
+from morph.checkpoint._hub import name_of
 
 DESCENDANT = 0.5  # the cosine below which q or k was hardly trained from A's; as `restore` has it
 
@@ -13,25 +15,28 @@ DESCENDANT = 0.5  # the cosine below which q or k was hardly trained from A's; a
 def conclude(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Return sentences that answer whether q and k moved and what of it, and the next command."""
     a, b, counts = found["a"], found["b"], found["counts"]
-    evaluate = ["verify" if found["adapters"] else "evaluate", b]
+    look = ["verify" if found["adapters"] else "inspect", b]
     if counts["equal"] == sum(counts.values()):
-        return [f"A and B hold the same {counts['equal']} tensors, byte for byte."], evaluate
+        return [f"A and B hold the same {counts['equal']} tensors, byte for byte."], look
     if not found["roles_known"]:
-        return _by_names(found), evaluate
+        return _by_names(found), look
     if found["refusal"]:
-        return [f"restore cannot take q and k apart here: {found['refusal']}"], evaluate
+        return [f"restore cannot take q and k apart here: {found['refusal']}"], look
     layers = found["restore"]["layers"]
     if not layers:
-        return ["No full attention layer could be compared: nothing to restore."], evaluate
+        return ["No full attention layer could be compared: nothing to restore."], look
     moved = {role: _parts(found, role, "full") for role in ("q", "k", "v", "o")}
     which = f"the {len(layers)} full layers" if len(layers) > 1 else "the one full layer"
     ours = [*moved["q"], *moved["k"]]
-    if not any(p["entries_changed"] for p in ours):
+    for role in ("q", "k"):
+        if _changed(biases := _parts(found, role, "full", bias=True)):
+            moved[f"{role} bias"] = biases
+    if not found["restore"]["layers_changed"]:
         said = [f"q and k of {which} are equal: nothing to restore."]
         others = [f"{r} {_number(_median(moved[r]))}" for r in ("v", "o") if _changed(moved[r])]
         if others:
             said.append(f"Other parts of them moved: {', '.join(others)} (median ||B-A||/||A||).")
-        return [*said, *_elsewhere(found)], evaluate
+        return [*said, *_elsewhere(found)], look
     said = [_moved(found, which, moved)]
     if _changed(moved["v"]) == 0:
         said.append(
@@ -45,8 +50,13 @@ def conclude(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             "does not look trained from A. Is A the checkpoint just before the tuning?"
         )
         return said, ["inspect", a]
-    name = PurePath(b.rstrip("/")).name or "model"
+    name = "".join(c for c in called(b) if c.isprintable()).lstrip("-~") or "model"
     return said, ["restore", a, b, f"{name}-restored"]
+
+
+def called(model: str) -> str:
+    """Return the last part of what a model is called: of its path, or of its Hub id."""
+    return name_of(Path(model.rstrip("/"))).rpartition("/")[2]
 
 
 def _moved(
@@ -91,10 +101,12 @@ def _by_names(found: Mapping[str, Any]) -> list[str]:
     return [f"By their names: {what}{', '.join(words)} (median ||B-A||/||A||)."]
 
 
-def _parts(found: Mapping[str, Any], role: str, kind: str) -> list[Mapping[str, Any]]:
+def _parts(
+    found: Mapping[str, Any], role: str, kind: str, bias: bool = False
+) -> list[Mapping[str, Any]]:
     """Return the parts of all tensors with a role and a kind of attention, biases apart."""
     parts = (part for row in found["tensors"] for part in row["parts"])
-    return [p for p in parts if (p["role"], p["kind"], p["bias"]) == (role, kind, False)]
+    return [p for p in parts if (p["role"], p["kind"], p["bias"]) == (role, kind, bias)]
 
 
 def _changed(parts: Iterable[Mapping[str, Any]]) -> int:

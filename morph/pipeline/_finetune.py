@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from morph.distill import Batch, Event, Log
     from morph.distill import Source as Batches
 
+SHARED = (  # by both sections, and meant alike
+    *("tokens", "seq_len", "batch_size", "lr", "gate_lr", "min_lr_fraction"),
+    *("warmup_fraction", "weight_decay", "clip", "save_every"),
+)
 ROLES = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "norm": ("q_norm", "k_norm")}
 
 
@@ -44,9 +48,7 @@ class Tuned:
 
 def stage_of(section: Finetune) -> Stage:
     """Return the fine-tuning as a stage of the training loop: plain cross-entropy, all weights."""
-    shared = ("tokens", "seq_len", "batch_size", "lr", "gate_lr", "min_lr_fraction")
-    shared += ("warmup_fraction", "weight_decay", "clip", "save_every")
-    return Stage(loss="long", train="all", **{name: getattr(section, name) for name in shared})
+    return Stage(loss="long", train="all", **{name: getattr(section, name) for name in SHARED})
 
 
 def tune(
@@ -59,7 +61,7 @@ def tune(
     work: Path,
     *,
     say: Say = quiet,
-    progress: Callable[[Event], None] | None = None,
+    progress: Callable[[Any], None] | None = None,
 ) -> Tuned:
     """Train the hybrid `student` in place as the recipe's finetune section says.
 

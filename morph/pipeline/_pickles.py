@@ -14,9 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from morph.checkpoint import Staging, Weights, check_output, clean_config, dump_json, load_json
+from morph.checkpoint import (
+    Staging,
+    Weights,
+    check_output,
+    clean_config,
+    dump_json,
+    load_json,
+    text_config,
+)
 from morph.checkpoint._copying import Meter, copy_side_files, file_identity, reading
-from morph.checkpoint._folder import ADAPTER, INDEX, MANIFEST, SINGLE, side_files, text_config
+from morph.checkpoint._folder import ADAPTER, INDEX, MANIFEST, SINGLE, side_files
 from morph.checkpoint._format import MAX_JSON, MIB, read_at, read_small
 from morph.errors import CheckpointError, MorphError, VerificationFailed, escape
 from morph.pipeline._pickle_shards import Shard, make_shard, write_shard
@@ -85,7 +93,7 @@ def convert_pickle_command(
     """
     say = say or (lambda message: None)
     found = find(model)
-    check_output(Path(out), found.inputs, force)
+    target = check_output(Path(out), found.inputs, force)
     with ExitStack() as stack:
         job = _Job(found=found, files=[], notes=list(found.notes))
         for name in found.names:
@@ -93,7 +101,7 @@ def convert_pickle_command(
             stack.callback(os.close, job.files[-1].fd)
         _side(job)
         if dry_run:
-            return _dry(job, Path(out))
+            return _dry(job, Path(out), target)
         say("reading the pickles in a process without files, network and processes")
         read, protections = layouts(job.files)
         shards = _shards(job, read)
@@ -104,6 +112,11 @@ def _side(job: _Job) -> None:
     """Decide what becomes of the files beside the weights."""
     folder = job.found.folder
     if job.found.alone:
+        more = os.path.lexists(folder / "config.json")
+        job.notes.append(
+            "Weights alone are written"
+            + (f"; give {escape(folder)} to take its config.json along." if more else ".")
+        )
         return
     other, ignored = side_files(folder, {*job.found.names, PICKLE_INDEX})
     job.copies = {name: name for name in other if name not in (MANIFEST, "morph.json")}
@@ -125,8 +138,8 @@ def _side(job: _Job) -> None:
         job.notes.append(f"config.json: left out {', '.join(map(escape, dropped))}.")
 
 
-def _dry(job: _Job, out: Path) -> dict[str, Any]:
-    free = shutil.disk_usage(out.expanduser().resolve().parent).free
+def _dry(job: _Job, out: Path, target: Path) -> dict[str, Any]:
+    free = shutil.disk_usage(target.parent).free
     return {
         "would_write": str(out),
         "files": [

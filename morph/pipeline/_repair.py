@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from morph import checkpoint, repair, strict
+from morph import checkpoint, layouts, repair, strict
+from morph import restore as restoring
 from morph.errors import escape
 from morph.evaluation import Hit, Measured
 from morph.pipeline import _convert, _train
@@ -33,7 +34,10 @@ def stages(state: Run, plan: Plan, base: Mapping[str, Any]) -> Repair:
     Writes OUT/tuned, OUT/restored (where the recipe restores) and OUT/repair.json. `base` is what
     every stage of the run is made from. A stage is kept where its inputs have not changed.
     """
-    pre, post = state.out / "checkpoint", _tuned(state, plan, base)
+    pre = state.out / "checkpoint"
+    if state.recipe.restore is not None:
+        check(state.recipe.restore, _opened(pre))
+    post = _tuned(state, plan, base)
     folders = {repair.PRE: pre, repair.POST: post}
     told: dict[str, Any] = {}
     if state.recipe.restore is not None:
@@ -130,6 +134,15 @@ def _restored(state: Run, pre: Path, post: Path) -> tuple[Path, dict[str, Any]]:
     told = {**strict.plain(section), **{k: found[k] for k in TOLD if k in found}}
     state.note("restore", inputs, start, told=told)
     return folder, told
+
+
+def check(section: Restore, pre: checkpoint.Checkpoint) -> None:
+    """Raise what `morph restore` would raise for the layers and parts of the section, sooner."""
+    from morph.restore._select import select
+
+    shapes = {name: info.shape for name, info in pre.tensors.items()}
+    options = restoring.Options(**strict.plain(section) | {"include": section.include})
+    select(layouts.read(pre.config, shapes), shapes, options)
 
 
 def restore(section: Restore, pre: Path, post: Path, out: Path, *, say: Say) -> dict[str, Any]:

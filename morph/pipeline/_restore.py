@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from morph import checkpoint, registry, restore
+from morph import checkpoint, restore
 from morph.errors import UsageError, escape, nearest
 
 Copy = Literal["auto", "copy", "link"]
@@ -53,24 +53,21 @@ def restore_command(
             f"{', '.join(get_args(Copy))}."
         )
     before, after = checkpoint.resolve(pre), checkpoint.resolve(post)
-    checkpoint.check_output(out, [before, after], force)
+    target = checkpoint.check_output(out, [before, after], force)
     plan = restore.plan(before, after, options)
     for note in plan.notes:
         say(f"note: {note}")
     found = plan.summary() | {
         "out": str(out),
         "copy": copy,
-        "free_bytes": shutil.disk_usage(out.expanduser().absolute().parent).free,
+        "free_bytes": shutil.disk_usage(target.parent).free,
         "dry_run": dry_run,
-        "next": ["evaluate", str(out)],
+        "next": ["verify", str(out), "--against", post, "--pre", pre],
     }
-    if plan.is_adapter:
-        found["next"] = ["verify", str(out)]
-    elif plan.reading.model_type.removeprefix("morph_") not in registry.names("families"):
-        found["next"] = ["verify", str(out), "--against", post, "--pre", pre]
     if dry_run:
         return found
-    say(f"writing {escape(out)}: {len(plan.tensors)} tensors of {len(plan.layers)} layers")
+    one = "" if len(plan.layers) == 1 else "s"
+    say(f"writing {escape(out)}: {len(plan.tensors)} tensors of {len(plan.layers)} layer{one}")
     written = restore.write(
         plan,
         out,
@@ -82,8 +79,12 @@ def restore_command(
     )
     for text in written.notes:
         say(f"note: {text}")
+    if any(name.endswith(".py") for name in written.not_copied):
+        say(
+            "note: code is not copied, though POST's config.json, which is, may name it: copy the "
+            ".py files yourself if you trust them."
+        )
     return found | {
-        "out": str(written.path),
         "resumed": list(written.resumed),
         # the card lives on, in or beside the new one
         "not_copied": [name for name in written.not_copied if name != "README.md"],

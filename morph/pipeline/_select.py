@@ -306,10 +306,12 @@ def _loaded(loads: Callable[[str, str], T], path: str | Path) -> T:
 
 
 def _text(path: str | Path) -> str:
+    from morph import exchange
+
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read ({error}).") from error
+        return exchange.read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{escape(path)}: cannot be read ({error}).") from error
 
 
 def provenance_of(scores: Scores | None, swaps: Mapping[str, Any]) -> dict[str, Any]:

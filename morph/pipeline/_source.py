@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from morph.checkpoint import Checkpoint, resolve
+from morph.checkpoint import Checkpoint, refuse_adapter, resolve
 from morph.checkpoint._format import TORCH_NAMES
 from morph.errors import CheckpointError, UnsupportedModel, escape
 from morph.families._family import Family
@@ -239,11 +239,7 @@ def open_source(model: str, family: str | None = None, revision: str | None = No
     """
     path = resolve(model, revision)
     checkpoint = Checkpoint.open(path)
-    if "adapter_config.json" in checkpoint.other_files:
-        raise CheckpointError(
-            f"{escape(path)} holds a model and an adapter (adapter_config.json), and transformers "
-            "would load both as one. Move the adapter to a folder of its own, or merge it first."
-        )
+    refuse_adapter(checkpoint)
     found = family_of(checkpoint.config, family)
     return Source(
         path=Path(path),

@@ -240,7 +240,7 @@ def layouts(files: Sequence[TorchFile]) -> tuple[list[Layout], tuple[str, ...]]:
             else:
                 kind = escape(_field(line, "none", str, file), 60)
                 raise CheckpointError(
-                    f"{escape(file.path)} holds a {kind}, no tensors by name. Nothing was written."
+                    f"{escape(file.path)} holds {_a(kind)}, no tensors by name. Nothing was written."
                 )
         protections = reader.protections
     made = [
@@ -253,7 +253,11 @@ def layouts(files: Sequence[TorchFile]) -> tuple[list[Layout], tuple[str, ...]]:
 def _other(line: Mapping[str, Any], key: str, file: TorchFile) -> tuple[str, str]:
     name, kind = _field(line, key, str, file), escape(_field(line, "type", str, file), 60)
     count = _field(line, "tensors", int, file)
-    return escape(name, 80), f"a {kind} with {count} tensors" if count else f"a {kind}"
+    return escape(name, 80), f"{_a(kind)} with {count} tensors" if count else _a(kind)
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
 def _stored(line: Mapping[str, Any], file: TorchFile) -> Stored:

@@ -148,7 +148,7 @@ def _check_logits(work: Path, reference: np.ndarray, dtype: str, what: str) -> f
 
 def _shown(folder: Path) -> str:
     """Return the name a user gave: without what the hidden folder it is checked in adds."""
-    return escape(re.sub(r"^\.(.+)\.partial-\d+-[0-9a-f]+$", r"\1", folder.name))
+    return escape(re.sub(r"^\.(.+)\.partial-(?:\d+-)?[0-9a-f]+$", r"\1", folder.name))
 
 
 def _kept_tensors(

@@ -14,7 +14,7 @@ from typing import Any
 from morph import checkpoint, layouts
 from morph.checkpoint import Checkpoint, TensorInfo, Weights
 from morph.checkpoint._folder import MANIFEST, find_folder, known_family
-from morph.checkpoint._format import MIB, natural, open_regular, read_at
+from morph.checkpoint._format import MAX_JSON, MIB, natural, open_regular, read_at, read_small
 from morph.difference import Reader
 from morph.errors import (
     CheckpointError,
@@ -121,6 +121,9 @@ def _structure(path: Path) -> tuple[Weights, dict[str, Any]]:
     if bare and os.path.lexists(folder / "adapter_config.json"):
         opened = Weights.open(path)
         layers, notes = "a LoRA adapter", list[str]()
+    elif bare and _from_pickles(folder):
+        opened = Weights.open(path)
+        layers, notes = None, ["there is no config.json: these are weights, and no model yet."]
     else:
         opened = model = Checkpoint.open(path, strict=False, quantised=True)
         layers, notes = _check_config(model)
@@ -162,6 +165,15 @@ def _check_config(opened: Checkpoint) -> tuple[str | None, list[str]]:
     if opened.quantised:
         notes.append(f"the weights are quantised ({opened.quantised}).")
     return layers, [*notes, *problems]
+
+
+def _from_pickles(folder: Path) -> bool:
+    """Return whether morph.json of a folder tells of pickles."""
+    if not os.path.lexists(folder / "morph.json"):
+        return False
+    raw = read_small(folder, "morph.json", MAX_JSON["manifest"])
+    found = checkpoint.load_json(raw, escape(folder / "morph.json"))
+    return isinstance(found, dict) and "converted_from_pickle" in found
 
 
 def _is_hybrid(folder: Path) -> bool:

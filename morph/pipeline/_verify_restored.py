@@ -23,6 +23,7 @@ from morph.pipeline._verify_files import (
     first_difference,
 )
 from morph.restore import _record
+from morph.restore._select import ranges
 
 Spans = dict[str, list[tuple[int, int]]]  # bytes of a tensor that were restored
 
@@ -80,9 +81,9 @@ def summary(opened: Weights) -> str:
     """Return the last restore in words."""
     record = read(opened)
     parts = ", ".join(dict.fromkeys(escape(rule["part"], 20) for rule in record.rules))
-    layers = ", ".join(map(str, record.layers))
+    layers = f"layer{'s' * (len(record.layers) != 1)} {ranges(record.layers)}"
     method = escape(record.options.get("method"), 20)
-    return f"{parts} of layers {layers} from {escape(record.pre.get('name'), 80)} ({method})"
+    return f"{parts} of {layers} from {escape(record.pre.get('name'), 80)} ({method})"
 
 
 def against(opened: Weights, post: Path, pre: Path | None, *, say: Say) -> dict[str, Any]:
@@ -144,19 +145,16 @@ def _check_headers(opened: Weights, tuned: Weights) -> None:
 def _restored_bytes(record: Restored, tuned: Weights) -> Spans:
     """Return the bytes of each tensor that the record says were restored.
 
-    It names the rows of tensors that were restored in part; of whole ones, parts and layers.
+    It names the rows of tensors that were restored in part, and of all of an adapter; of whole
+    ones, parts and layers.
     """
     wanted = {(part, rule["part"].endswith(" bias"), layer)
               for rule in record.rules for layer in rule["layers"]
               for part in _roles(rule["part"])}  # fmt: skip
     found: Spans = {}
-    for name, rows in roles_of(tuned).rows.items():
-        factor = ".lora_A." in name  # of a delta, the other factor is made zero
-        if (
-            not factor
-            and name not in record.rows
-            and all((r.role, r.bias, r.layer) in wanted for r in rows)
-        ):
+    for name, rows in ({} if tuned.is_adapter else roles_of(tuned).rows).items():
+        whole = all((r.role, r.bias, r.layer) in wanted for r in rows)
+        if whole and name not in record.rows:
             found[name] = [(0, tuned.tensors[name].nbytes)]
     for name, spans in record.rows.items():
         info = tuned.tensors[name]

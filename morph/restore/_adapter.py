@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,13 @@ def is_adapter(folder: Path) -> bool:
     return there == [CONFIG]
 
 
+def others_inside(post: Weights) -> tuple[list[str], list[str]]:
+    """Return the folders inside a folder that hold adapters of their own, and all files in them."""
+    folders = [n.removesuffix(f"/{CONFIG}") for n in post.other_files if n.endswith(f"/{CONFIG}")]
+    files = [n for n in post.other_files if any(n.startswith(f"{f}/") for f in folders)]
+    return folders, files
+
+
 def check_config(folder: Path, options: Options) -> Mapping[str, Any]:
     """Return adapter_config.json; raise UnsupportedModel for what is no plain LoRA."""
     if options.method != "exact":
@@ -117,9 +124,9 @@ def select_adapter(
     """
     shapes = {name: info.shape for name, info in pre.tensors.items()}
     parts, notes = select(reading, shapes, options)
-    wanted = {(p.tensor, p.bias): [] for p in parts}  # type: dict[tuple[str, bool], list[Part]]
+    wanted: dict[tuple[str, bool], list[Part]] = {}
     for part in parts:
-        wanted[part.tensor, part.bias].append(part)
+        wanted.setdefault((part.tensor, part.bias), []).append(part)
     # a bias of lora_B is a part of the delta, whether or not the base has biases
     base = _Base(pre, wanted, reading, options)
     drops: list[Drop] = []
@@ -189,7 +196,7 @@ class _Base:
         if base is None or (leaf == "bias" and "bias" not in self.options.include):
             return []
         return [
-            Drop(part=_renamed(part, name, bias=leaf == "bias"), post=info)
+            Drop(part=replace(part, tensor=name, bias=leaf == "bias"), post=info)
             for part in self.wanted.get((base, False), [])
         ]
 
@@ -210,22 +217,9 @@ class _Base:
         for bias in (False, True):
             for part in self.wanted.get((base, bias), []):
                 source = self.pre.tensors[base]
-                found.append(
-                    Place(part=_renamed(part, name, bias), post=info, pre=source, source=base)
-                )
+                renamed = replace(part, tensor=name, bias=bias)
+                found.append(Place(part=renamed, post=info, pre=source, source=base))
         return found
-
-
-def _renamed(part: Part, name: str, bias: bool) -> Part:
-    return Part(
-        tensor=name,
-        layer=part.layer,
-        role=part.role,
-        bias=bias,
-        kind=part.kind,
-        spans=part.spans,
-        whole=part.whole,
-    )
 
 
 def check_dropped(post: Weights, drops: list[Drop], copies: list[Place], options: Options) -> None:

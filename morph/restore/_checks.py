@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from morph.checkpoint import Checkpoint, TensorInfo
+from morph.checkpoint import Checkpoint, TensorInfo, text_config
 from morph.errors import CheckpointError, MismatchError, MorphError, UnsupportedModel, escape
-from morph.layouts import Reading
+from morph.layouts import Heads, Reading
 from morph.layouts import read as read_layout
 from morph.restore._options import Options
-from morph.restore._pair import Place, text_of
+from morph.restore._pair import Place
+from morph.restore._record import read_record
 
 NOTHING = "Nothing was written."
 # what places or scales attention scores; other keys of two fine-tuned siblings may differ
@@ -26,6 +27,8 @@ _SIZES = (
     *("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "vocab_size", "num_hidden_layers"),
 )
+# where null means what other keys, or the class, say
+_DERIVED = ("head_dim", "num_key_value_heads", "no_rope_layers", "partial_rotary_factor")
 _ROPES = ("rope_parameters", "rope_scaling")
 _ADVICE = f"Restore before quantising, then quantise. {NOTHING}"
 _WIDER = {("BF16", "F32"), ("F16", "F32")}
@@ -113,12 +116,8 @@ def _parts(reading: Reading, layer: int) -> list[tuple[str, str, Any]]:
 
 def dense_teacher(pre: Checkpoint, post: Checkpoint, before: Reading, reading: Reading) -> str:
     """Say what PRE seems to be, where its layers are not POST's."""
-    if recorded_source(post) == pre.fingerprint:
-        return (
-            f"PRE ({escape(pre.path.name, 80)}) is the model that POST was converted from, as "
-            "POST's morph.json records: its q and k belong to other attention. Give the hybrid "
-            "just before it was fine-tuned."
-        )
+    if _recorded(post, "source") == pre.fingerprint:
+        return _teacher(pre)
     dense = set(before.kinds) <= {"full", "sliding"} and "linear" in reading.kinds
     if dense or set(before.kinds) == {"full"}:
         return (
@@ -128,11 +127,34 @@ def dense_teacher(pre: Checkpoint, post: Checkpoint, before: Reading, reading: R
     return f"PRE ({escape(pre.path.name, 80)}) must be the hybrid just before it was fine-tuned."
 
 
-def recorded_source(post: Checkpoint) -> str:
-    """Return the fingerprint of the model that POST's morph.json says it was made of, or ""."""
-    from morph.restore._record import read_record
+def _teacher(pre: Checkpoint) -> str:
+    return (
+        f"PRE ({escape(pre.path.name, 80)}) is the model that POST was converted from, as POST's "
+        "morph.json records: its q and k belong to other attention. Give the hybrid just before it "
+        "was fine-tuned."
+    )
 
-    source = read_record(post).get("source")
+
+def check_parent(pre: Checkpoint, post: Checkpoint, options: Options) -> list[str]:
+    """Raise MismatchError where POST's morph.json says that PRE is its teacher; return notes."""
+    if _recorded(post, "source") == pre.fingerprint:
+        if options.allows("unrelated"):
+            return [_teacher(pre)]
+        raise MismatchError(f"{_teacher(pre)} Or --allow unrelated. {NOTHING}")
+    parent = _recorded(post, "pre")
+    if parent and not pre.absent and parent != pre.fingerprint:
+        return ["POST's morph.json names another checkpoint as the one it was tuned from."]
+    if "plan" in read_record(post) and not read_record(pre):
+        return [
+            "POST has a morph.json that tells of a conversion, and PRE has none: is the order PRE "
+            "POST right? PRE is the hybrid before its fine-tuning."
+        ]
+    return []
+
+
+def _recorded(post: Checkpoint, key: str) -> str:
+    """Return the fingerprint that POST's morph.json has under a key, or an empty string."""
+    source = read_record(post).get(key)
     found = source.get("sha256") if isinstance(source, Mapping) else None
     return found if isinstance(found, str) else ""
 
@@ -171,7 +193,7 @@ def _loss(a: TensorInfo, b: TensorInfo) -> str:
 
 
 def _explain(pre: Checkpoint, post: Checkpoint) -> str:
-    a, b = text_of(pre.config), text_of(post.config)
+    a, b = text_config(pre.config), text_config(post.config)
     pairs = [
         f"{key} {escape(a.get(key), 30)} and {escape(b.get(key), 30)}"
         for key in _SIZES
@@ -208,7 +230,7 @@ def check_norms(
 
 def differences_told(pre: Checkpoint, post: Checkpoint) -> list[str]:
     """Return notes on differences that do not touch q and k, but that a user may not expect."""
-    a, b = text_of(pre.config), text_of(post.config)
+    a, b = text_config(pre.config), text_config(post.config)
     told = []
     for key, what in (("vocab_size", "tokens were added or taken away"), ("model_type", "")):
         if key in a and key in b and a[key] != b[key]:
@@ -225,14 +247,11 @@ def check_geometry(pre: Checkpoint, post: Checkpoint, options: Options) -> list[
     Keys that only one of the configs has are left out: versions of transformers differ in what
     they write.
     """
-    a, b = text_of(pre.config), text_of(post.config)
-    pairs = {
-        key: (a[key], b[key]) for key in _GEOMETRY if key in a and key in b and a[key] != b[key]
-    }
-    one, other = _rope(a), _rope(b)
-    for key in sorted(one.keys() & other.keys()):
-        if one[key] != other[key]:
-            pairs[key] = (one[key], other[key])
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for told in (_placing, _rope):
+        one, other = told(text_config(pre.config)), told(text_config(post.config))
+        shared = [key for key in one if key in other and one[key] != other[key]]
+        pairs |= {key: (one[key], other[key]) for key in sorted(shared)}
     if not pairs:
         return []
     text = "; ".join(
@@ -244,6 +263,45 @@ def check_geometry(pre: Checkpoint, post: Checkpoint, options: Options) -> list[
     raise MismatchError(
         f"{text}. Restored q and k would meet another geometry than the one they were made for. "
         f"Give the PRE that was fine-tuned, or --allow geometry. {NOTHING}"
+    )
+
+
+def _placing(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that place or scale scores, without those that say nothing."""
+    found = {key: text[key] for key in _GEOMETRY if key in text}
+    if text.get("use_sliding_window") is False:  # Qwen's configs name the window nonetheless
+        found.pop("sliding_window", None)
+    return {k: v for k, v in found.items() if v is not None or k not in _DERIVED}
+
+
+def check_heads(
+    before: Reading | None, reading: Reading, layers: Iterable[int], options: Options
+) -> list[str]:
+    """Raise MismatchError where heads of a layer have another shape; return notes if allowed."""
+    if before is None:
+        return []
+    for layer in sorted(set(layers)):
+        a, b = before.heads[layer], reading.heads[layer]
+        if a == b or a is None or b is None:
+            continue
+        text = f"layer {layer} has {_shape(a)} in PRE and {_shape(b)} in POST"
+        if options.allows("geometry"):
+            return [f"{text}: restored rows meet another geometry than they were made for."]
+        raise MismatchError(
+            f"{text}, though the rows are as many. Give the PRE that was fine-tuned, or --allow "
+            f"geometry. {NOTHING}"
+        )
+    return []
+
+
+def _shape(heads: Heads) -> str:
+    turned = "no rotary positions"
+    if heads.rotary is not None:
+        pairs = "neighbours" if heads.rotary.interleaved else "halves"
+        turned = f"rotary positions on {heads.rotary.dim} of them ({pairs})"
+    return (
+        f"{heads.num_attention_heads} heads ({heads.num_key_value_heads} KV heads) of "
+        f"{heads.head_dim} numbers, {turned}"
     )
 
 
@@ -263,7 +321,8 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
         found.setdefault("rope_type", kind or "default")
         if text.get("rope_theta") is not None:
             found.setdefault("rope_theta", text["rope_theta"])
-    return {k: float(v) if type(v) is int else v for k, v in found.items()}
+    small = {k for k, v in found.items() if type(v) is int and abs(v) < 2**53}  # exact as floats
+    return {k: float(v) if k in small else v for k, v in found.items()}
 
 
 def check_schemes(pre: Checkpoint, post: Checkpoint, options: Options) -> None:
@@ -276,7 +335,7 @@ def check_schemes(pre: Checkpoint, post: Checkpoint, options: Options) -> None:
     if not (pre.quantised and post.quantised):
         raise MismatchError(f"{named}, and the other is not. {_ADVICE}")
     for key in ("quantization_config", "compression_config"):
-        a, b = (text_of(c.config).get(key, c.config.get(key)) for c in (pre, post))
+        a, b = (text_config(c.config).get(key, c.config.get(key)) for c in (pre, post))
         if a != b:
             raise MismatchError(f"{named}; {key} differs in PRE and POST. {_ADVICE}")
 

@@ -7,7 +7,7 @@ described as a ridge problem too, but its shapes are not published, so nothing h
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from morph.errors import UsageError
 
@@ -35,11 +35,10 @@ def ridge(
     d_k and G = K_pre^T K_pre, in closed form Q_post (I - P) + Q_pre P with P = (G + lambda I)^-1 G.
     Where `rotary` positions turn the heads, G is replaced by its diagonal, averaged over each
     rotary pair: then P commutes with every rotation, and the blend means the same at all
-    distances. rho = 0 gives `pre_q`; rho -> infinity gives `post_q`. Float64 in, float64 out;
-    anything narrower is computed in float32 but for G and its inverse. Raises UsageError for
-    shapes that do not fit and rho < 0.
+    distances. rho = 0 gives `pre_q`; rho -> infinity gives `post_q`. Computed in float64, whose
+    last bits, which depend on the processor and its threads, hardly reach what is stored. Raises
+    UsageError for shapes that do not fit and rho < 0.
     """
-    import numpy as np
 
     if not pre_q.shape == post_q.shape == pre_k.shape or pre_q.ndim != 2:
         raise UsageError(
@@ -50,10 +49,15 @@ def ridge(
         raise UsageError(f"ridge: rho is {rho:g}; it must be at least 0.")
     if rho == 0:
         return pre_q.copy()
-    kind: Any = np.result_type(pre_q, post_q, np.float32)
-    blend = projector(pre_k, rho, rotary).astype(kind)
-    old, new = pre_q.astype(kind, copy=False), post_q.astype(kind, copy=False)
-    made: np.ndarray = new + blend @ (old - new)
+    return blended(pre_q, post_q, projector(pre_k, rho, rotary))
+
+
+def blended(pre_q: np.ndarray, post_q: np.ndarray, blend: np.ndarray) -> np.ndarray:
+    """Return Q_post (I - P) + Q_pre P in float64, for P from `projector`."""
+    import numpy as np
+
+    new = post_q.astype(np.float64)
+    made: np.ndarray = new + blend @ (pre_q.astype(np.float64) - new)
     return made
 
 
@@ -66,17 +70,21 @@ def projector(keys: np.ndarray, rho: float, rotary: Rotary | None = None) -> np.
     import numpy as np
 
     size = keys.shape[0]
-    gram = np.zeros((size, size))
+    gram = np.zeros((size, size) if rotary is None else size)
     for at in range(0, keys.shape[1], COLUMNS):
         block = keys[:, at : at + COLUMNS].astype(np.float64)
-        gram += block @ block.T
-    weight = rho * float(np.trace(gram)) / size
+        gram += block @ block.T if rotary is None else (block * block).sum(1)
+    weight = rho * float(np.trace(gram) if rotary is None else gram.sum()) / size
     if weight == 0 or not math.isfinite(weight):
-        return np.zeros_like(gram)
-    if rotary is None:
-        return np.linalg.solve(gram + weight * np.eye(size), gram)
-    energy = paired(np.diag(gram), rotary)
-    return np.diag(energy / (energy + weight))
+        return np.zeros((size, size))
+    if rotary is not None:
+        energy = paired(gram, rotary)
+        return np.diag(energy / (energy + weight))
+    # by directions: G + lambda I cannot be solved for where lambda is lost in rounding
+    energy, axes = np.linalg.eigh(gram)
+    energy = np.maximum(energy, 0.0)
+    made: np.ndarray = (axes * (energy / (energy + weight))) @ axes.T
+    return made
 
 
 def paired(energy: np.ndarray, rotary: Rotary) -> np.ndarray:
@@ -91,14 +99,14 @@ def paired(energy: np.ndarray, rotary: Rotary) -> np.ndarray:
 
 
 def interpolate(pre: np.ndarray, post: np.ndarray, alpha: float) -> np.ndarray:
-    """Return (1 - alpha) POST + alpha PRE in float32 (float64 where given so).
+    """Return (1 - alpha) POST + alpha PRE in float64.
 
     Values that are equal in both stay as they are, and alpha = 0 is POST to the bit.
     """
     import numpy as np
 
-    kind = np.result_type(pre, post, np.float32).type
-    old, new = pre.astype(kind, copy=False), post.astype(kind, copy=False)
-    return (
-        new if alpha == 0 else np.where(old == new, new, kind(1 - alpha) * new + kind(alpha) * old)
-    )
+    if alpha == 0:
+        return post
+    old, new = pre.astype(np.float64), post.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinity on both sides, where that is allowed
+        return np.where(old == new, new, (1 - alpha) * new + alpha * old)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from morph.checkpoint import Checkpoint, Splice, TensorInfo, Weights, to_float
+from morph.checkpoint import Checkpoint, Splice, TensorInfo, Weights, from_float, to_float
 from morph.errors import VerificationFailed, escape
 from morph.layouts import Reading
 from morph.restore._numbers import widened
@@ -17,7 +17,7 @@ from morph.restore._select import Span, head_spans
 if TYPE_CHECKING:
     import numpy as np
 
-BLOCK = 4 << 20  # bytes of POST that are computed at a time, where rows are independent
+BLOCK = 1 << 20  # bytes of POST that are computed at a time, where rows are independent
 PLAIN = {"exact": "bytes of PRE", "ridge": "morph's own ridge", "interpolate": "interpolated"}
 
 
@@ -125,8 +125,6 @@ def stored(dtype: str, values: np.ndarray, name: str) -> bytes:
     """Return numbers in a stored type, rounded once; raise VerificationFailed on overflow."""
     import numpy as np
 
-    from morph.checkpoint._plan import from_float
-
     found = from_float(dtype, values)
     if dtype == "F16" and np.isinf(found).any() and np.isfinite(values).all():
         raise VerificationFailed(
@@ -179,11 +177,13 @@ class _Ridge:
 
     def _rows(self, head: int, rows: Span) -> Callable[[], bytes]:
         def make() -> bytes:
+            from morph.restore._maths import blended
+
             with Files(*self.folders) as files:
                 old = numbers(files, *(rows_of(self.place.pre, s) for s in self.q[head]))
                 new = numbers(files, *(rows_of(self.place.post, s) for s in self.q[head]))
-                blend = self._blend(files, head // self.shape.group_size).astype(old.dtype)
-            made = new + blend @ (old - new)
+                blend = self._blend(files, head // self.shape.group_size)
+            made = blended(old, new, blend)
             return stored(self.place.post.dtype, made[slice(*rows)], self.place.part.tensor)
 
         return make

@@ -34,7 +34,7 @@ def has_nonfinite(dtype: str, block: bytes) -> bool:
         return _ONLY_NAN[dtype] in block
     if dtype not in _SPECIAL:
         return False
-    width = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}.get(dtype, 1)
+    width = WIDTH.get(dtype, 1)
     flags: int | None = None
     for byte, mask in _SPECIAL[dtype]:
         found = block[byte::width].translate(_table(mask))

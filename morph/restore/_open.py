@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from morph.checkpoint import Checkpoint, Weights, dump_json, load_json
-from morph.checkpoint._folder import INDEX, clean_config, find_shards, quantisation, read_config
+from morph.checkpoint import Checkpoint, Weights, dump_json, load_json, refuse_adapter
+from morph.checkpoint._folder import INDEX
 from morph.checkpoint._format import MAX_JSON, read_small
-from morph.checkpoint._weights import read_weights
 from morph.errors import CheckpointError
 
 
 def open_checkpoint(folder: Path, *, partial: bool = False, headers: bool = False) -> Checkpoint:
     """Return a checked checkpoint, quantised or not; with `headers` its index is not compared.
 
-    Raises what `Checkpoint.open` raises, and says so where only the index is wrong.
+    Raises what `Checkpoint.open` raises, and says so where only the index is wrong; CheckpointError
+    where an adapter lies beside the model.
     """
-    if headers and folder.is_dir():
-        return _by_headers(folder.resolve(), partial)
+    found = _opened(folder, partial, headers)
+    refuse_adapter(found)
+    return found
+
+
+def _opened(folder: Path, partial: bool, headers: bool) -> Checkpoint:
+    options = {"strict": False, "partial": partial, "quantised": True}
     try:
-        return Checkpoint.open(folder, strict=False, partial=partial, quantised=True)
+        return Checkpoint.open(folder, **options, index=not headers)
     except CheckpointError as error:
-        if _only_index(folder, partial):
+        if not headers and _only_index(folder, options):
             raise CheckpointError(
                 f"{error} --allow index believes the headers, and writes OUT's index anew."
             ) from error
         raise
 
 
-def _only_index(folder: Path, partial: bool) -> bool:
+def _only_index(folder: Path, options: Mapping[str, bool]) -> bool:
     """Whether the folder opens once its index is not compared with the headers."""
     try:
-        return bool(_by_headers(folder.resolve(), partial).index)
-    except (CheckpointError, OSError):
+        return bool(Checkpoint.open(folder, **options, index=False).index)
+    except CheckpointError:
         return False
-
-
-def _by_headers(folder: Path, partial: bool) -> Checkpoint:
-    raw = read_config(folder)
-    dropped: list[str] = []
-    config = clean_config(raw, dropped)
-    shards = dataclasses.replace(find_shards(folder, partial=partial), weight_map=None)
-    weights = read_weights(folder, shards)
-    return Checkpoint(
-        **vars(weights),
-        config=config,
-        raw_config=raw,
-        dropped_keys=tuple(dropped),
-        quantised=quantisation(config, weights.tensors),
-    )
 
 
 def index_text(source: Weights) -> dict[str, bytes]:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from morph.checkpoint import Checkpoint, TensorInfo, Weights
 from morph.checkpoint._format import BITS, Header, identity, open_regular, read_at
 from morph.errors import CheckpointError, MismatchError, escape, nearest
-from morph.layouts._read import PREFIXES
+from morph.layouts import PREFIXES
 from morph.restore._select import Part, Span
 
 OPEN_FILES = 16
-
-
-def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config that describes the decoder."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, Mapping) and "num_hidden_layers" not in config else config
 
 
 @dataclass(frozen=True, kw_only=True)

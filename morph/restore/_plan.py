@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from morph.checkpoint import Checkpoint, Splice, Weights
+from morph.checkpoint._hub import name_of
 from morph.errors import UsageError, escape
 from morph.layouts import Reading
 from morph.layouts import read as read_layout
 from morph.restore import _adapter, _checks, _content, _methods, _record
 from morph.restore._adapter import Drop
 from morph.restore._open import open_checkpoint
-from morph.restore._options import Options
+from morph.restore._options import PARTS, Options
 from morph.restore._pair import Place, place
 from morph.restore._select import Span, merged, ranges, select
 
@@ -89,17 +91,21 @@ class Plan:
             entry["bytes"] += item.nbytes
         return [
             {"part": name, "rule": how, **entry, "layers": sorted(entry["layers"])}
-            for (name, how), entry in found.items()
+            for (name, how), entry in sorted(found.items(), key=lambda f: _place_of(*f[0]))
         ]
 
     def rows(self) -> dict[str, list[list[int]]]:
-        """Return the rows that are restored of tensors that are not restored whole."""
+        """Return the rows that are restored of tensors that are not restored whole.
+
+        All of them for an adapter: without its base, nothing tells what its tensors are for.
+        """
         found: dict[str, list[Span]] = {}
         for item in self.items:
             found.setdefault(item.part.tensor, []).extend(item.part.spans)
         spans = {name: merged(sorted(found[name])) for name in sorted(found)}
         count = {name: self.post.tensors[name].shape[0] for name in spans}
-        return {n: [list(x) for x in s] for n, s in spans.items() if s != ((0, count[n]),)}
+        part = {n: s for n, s in spans.items() if self.is_adapter or s != ((0, count[n]),)}
+        return {n: [list(x) for x in s] for n, s in part.items()}
 
     def record(self) -> dict[str, Any]:
         """Return the provenance of this restore: no path, no time, no machine."""
@@ -152,6 +158,7 @@ def plan(
     reading = _checks.read_post(tuned)
     earlier = _checks.read_pre(source, tuned)
     notes = _checks.check_layers(source, tuned, earlier, reading)
+    notes += _checks.check_parent(source, tuned, options)
     parts, found = select(reading, _checks.shapes_of(tuned), options, tuned.quantised)
     notes += found
     places, found = place(source, tuned, parts)
@@ -164,6 +171,7 @@ def plan(
         None if source.absent else earlier, reading, {p.layer for p in parts}, options
     )
     notes += _checks.check_geometry(source, tuned, options)
+    notes += _checks.check_heads(earlier, reading, {p.layer for p in parts}, options)
     notes += _checks.differences_told(source, tuned)
     notes += _checks.check_ties(tuned, options)
     content = _content.look(source, tuned, reading, places, options)
@@ -191,9 +199,13 @@ def _plan_adapter(before: Path, after: Path, options: Options) -> Plan:
     if _checks.check_tensors(copies, source, source, options):
         notes.append("PRE's numbers are narrower than the adapter's copies: widened, exactly.")
     _adapter.check_dropped(adapter, drops, copies, options)
-    named = config.get("base_model_name_or_path")
-    if isinstance(named, str) and named.rstrip("/").rpartition("/")[2] != source.path.name:
-        notes.append(f"the adapter names {escape(named, 120)} as its base; PRE was taken for it.")
+    base = _base_name(config.get("base_model_name_or_path"))
+    if base.rpartition("/")[2] not in ("", name_of(source.path).rpartition("/")[2]):
+        notes.append(f"the adapter names {escape(base, 120)} as its base; PRE was taken for it.")
+    folders, _ = _adapter.others_inside(adapter)
+    if folders:
+        shown = ", ".join(escape(f, 60) for f in folders[:3])
+        notes.append(f"adapters inside the folder are not in OUT, restore each by itself: {shown}.")
     notes.append(
         "OUT is the adapter without these deltas; all other weights are the base model's, PRE's, "
         "anyway."
@@ -209,6 +221,15 @@ def _plan_adapter(before: Path, after: Path, options: Options) -> Plan:
     )
 
 
+def _base_name(named: object) -> str:
+    """Return a Hub id, or the last name of a path: a record holds no path of a machine."""
+    if not isinstance(named, str):
+        return ""
+    parts = [part for part in re.split(r"[/\\]", named) if part]
+    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", named)
+    return named if hub else "".join(parts[-1:])
+
+
 def _check_folders(pre: Path, post: Path) -> None:
     if pre.is_dir() and _adapter.is_adapter(pre):
         raise UsageError(
@@ -222,6 +243,10 @@ def _check_folders(pre: Path, post: Path) -> None:
         )
 
 
+def _place_of(name: str, how: str) -> tuple[int, str, str]:
+    return PARTS.index(name.partition(" ")[0]), name, how
+
+
 def _choices(reading: Reading, places: Sequence[Place], options: Options) -> list[str]:
     """Return notes on what the method leaves open, so that nobody takes our choice for it."""
     have = {p.part.role for p in places}
@@ -233,11 +258,17 @@ def _choices(reading: Reading, places: Sequence[Place], options: Options) -> lis
             "settle it (--include q,k leaves them)."
         )
     norms = {r.layer for r in reading.rows if r.role in ("q_norm", "k_norm")} & set(layers)
-    if norms:
-        what = "restored" if have & {"q_norm", "k_norm"} else "left as POST's"
+    if norms and have & {"q_norm", "k_norm"}:
+        notes.append("q and k norms are restored too, as asked; the paper does not settle it.")
+    elif norms:
         notes.append(
-            f"q and k norms are {what}: morph's choice, the paper does not settle it "
-            "(--include names norm or not)."
+            "q and k norms are left as POST's: morph's choice, the paper does not settle it "
+            "(--include q,k,bias,norm restores them)."
+        )
+    slid = sorted({p.part.layer for p in places if p.part.kind == "sliding"})
+    if slid:
+        notes.append(
+            f"layers {ranges(slid)} attend to a window: no evidence says that restoring them helps."
         )
     if "gate" in have:
         notes.append("output gates were restored too, which the paper does not do.")

@@ -10,11 +10,12 @@ from typing import Any
 
 from morph import __version__
 from morph.checkpoint import Checkpoint, Weights, dump_json, load_json
+from morph.checkpoint._copying import CARD, PROVENANCE, SOURCE_CARD
 from morph.checkpoint._folder import MANIFEST
 from morph.checkpoint._format import MAX_JSON, read_small
+from morph.checkpoint._hub import name_of
 from morph.errors import CheckpointError, escape
 
-PROVENANCE, CARD, SOURCE_CARD = "morph.json", "README.md", "README.source.md"
 MARK = "<!-- morph restore wrote what is above -->"
 FORMAT = 1
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -56,7 +57,7 @@ def identity(source: Weights) -> dict[str, Any]:
             "header_sha256": hashlib.sha256(header.raw).hexdigest(),
             **({"sha256": known[name]} if name in known else {}),
         }
-    found: dict[str, Any] = {"name": source.path.name, "shards": shards}
+    found: dict[str, Any] = {"name": name_of(source.path), "shards": shards}
     if isinstance(source, Checkpoint):
         found |= {"model_type": source.config["model_type"], "sha256": source.fingerprint}
     if source.absent:

@@ -15,6 +15,7 @@ from morph.errors import (
     UnsupportedModel,
     UsageError,
     escape,
+    nearest,
 )
 from morph.layouts import Heads, Reading, Rows
 from morph.plan import Budget, Geometry
@@ -152,15 +153,16 @@ def _numbers(text: str, allowed: list[int], count: int) -> tuple[int, ...]:
     for word in text.split(","):
         name = word.strip()
         if not name.isdecimal() or len(name) > 6:
+            hint = nearest(name, ("full", "all")) if name == text else ""
             raise UsageError(
-                f"--layers {escape(text, 60)!r}: {escape(name, 30)!r} is no layer. Give full, all, "
-                f"numbers (3,7) of {ranges(allowed)}, or a scores.json."
+                f"--layers: {escape(name, 60)!r} is no layer.{hint} Give full, all, numbers of "
+                f"{ranges(allowed)}, each by itself (3,7), or a file of scores (scores.json)."
             )
         if int(name) not in allowed:
             what = "has no softmax attention" if int(name) < count else "does not exist"
             raise UsageError(
-                f"--layers: layer {int(name)} {what} in this model. Layers that have it: "
-                f"{ranges(allowed)}."
+                f"--layers: layer {int(name)} {what} in this model. Layers with softmax "
+                f"attention: {ranges(allowed)}."
             )
         found.add(int(name))
     return tuple(sorted(found))
@@ -251,6 +253,8 @@ def _geometry(reading: Reading) -> Geometry:
 
 def _read_scores(path: Path) -> planning.Scores:
     try:
+        if path.exists() and not path.is_file():  # a pipe would block for ever
+            raise UsageError(f"--layers {escape(path)}: is not a file. Give a scores.json.")
         if path.stat().st_size > MAX_SCORES:
             raise UsageError(f"--layers {escape(path)}: too large to be scores.")
         text = path.read_text(encoding="utf-8")
@@ -260,7 +264,7 @@ def _read_scores(path: Path) -> planning.Scores:
             f"--layers {escape(path)} cannot be read: {reason}. Give full, all, numbers (3,7), or "
             "the scores.json that `morph score` wrote."
         ) from error
-    return planning.loads_scores(text, escape(path))
+    return planning.loads_scores(text, f"--layers {escape(path)}")
 
 
 def spans_of(row: Rows, shapes: Shapes) -> tuple[Span, ...]:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from morph.checkpoint import Patched, patch_folder
+from morph.checkpoint._copying import CARD, PROVENANCE
 from morph.checkpoint._patch import Copy
 from morph.errors import escape
 from morph.restore import _content, _record
+from morph.restore._adapter import others_inside
 from morph.restore._open import index_text
 from morph.restore._plan import Plan
 from morph.restore._select import ranges
@@ -38,8 +40,8 @@ def write(
     record = plan.record()
     texts = {
         **index_text(plan.post),
-        _record.PROVENANCE: _record.merged(plan.post, record),
-        _record.CARD: _record.card(plan.post, _card(plan, record)),
+        PROVENANCE: _record.merged(plan.post, record),
+        CARD: _record.card(plan.post, _card(plan, record)),
     }
     return patch_folder(
         out,
@@ -47,6 +49,7 @@ def write(
         splices=plan.splices(),
         inputs=[plan.pre],
         texts=texts,
+        skip_files=others_inside(plan.post)[1],
         identity={"options": record["options"], "PRE": _record.state(plan.pre)},
         copy=copy,
         hashing=hashing,
