@@ -64,9 +64,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor: equal, changed, how far, by role and layer."""
-    from morph.pipeline import _diff
+    from morph import pipeline
 
-    found = _diff.diff_command(a, b, out=out, force=force, say=terminal.say)
+    found = pipeline.diff_command(a, b, out=out, force=force, say=terminal.say)
     terminal.emit(found, as_json, lambda told: words.difference(told, tensors))
     terminal.next_command(found["next"])
 
@@ -131,10 +131,10 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Put the queries and keys from before a fine-tuning back into a hybrid (QK-Restore)."""
-    from morph.pipeline import _restore
+    from morph import pipeline
 
     with terminal.copying() as progress:
-        found = _restore.restore_command(
+        found = pipeline.restore_command(
             pre,
             post,
             out,
@@ -179,9 +179,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint: manifest, structure, and, with --against, what it was made of."""
-    from morph.pipeline import _verify_files
+    from morph import pipeline
 
-    found = _verify_files.verify_command(path, against, pre, say=terminal.say)
+    found = pipeline.verify_command(path, against, pre, say=terminal.say)
     terminal.emit(found, as_json, words.verified)
     if (path.expanduser() / "config.json").exists():  # weights alone and adapters have none
         terminal.next_command(["inspect", str(path)])
@@ -198,10 +198,10 @@ def convert_pickle(
     as_json: Json = False,
 ) -> None:
     """Rewrite pickled weights as safetensors, in a process that can neither run nor send them."""
-    from morph.pipeline import _pickles
+    from morph import pipeline
 
     with terminal.copying() as progress:
-        found = _pickles.convert_pickle_command(
+        found = pipeline.convert_pickle_command(
             model,
             out,
             force=force,

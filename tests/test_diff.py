@@ -412,6 +412,17 @@ def test_biases_alone_are_something_to_restore(tmp_path: Path) -> None:
     assert restore.plan(a, b).nbytes > 0
 
 
+def test_the_output_that_is_proposed_can_be_written(a: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--tuned" / "snapshots"
+    for folder, name in (
+        (tmp_path / "b\x1b[31m", "b[31m-restored"),
+        (cache / "abc", "tuned-restored"),
+    ):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        b = save(folder, moved(hybrid(), "_proj"), CONFIG)
+        assert diff(a, b)["next"] == ["restore", str(a), str(b), name]
+
+
 def test_the_bytes_that_restore_would_replace(a: Path, tmp_path: Path) -> None:
     b = save(tmp_path / "b", moved(hybrid(), "q_proj", "layers.3.self_attn.k_proj", "v_"), CONFIG)
     found = diff(a, b)

@@ -36,6 +36,7 @@ from morph.errors import (
 )
 from morph.pipeline import _pickle_shards, _torch_files, _unpickling
 from morph.pipeline._pickles import convert_pickle_command
+from morph.pipeline._verify_files import verify_command
 
 REPO = Path(__file__).resolve().parent.parent
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -252,6 +253,8 @@ def test_a_training_file_gives_its_weights(kind, here, tmp_path):
     }
     assert found["left_out"] == left.get(kind)
     assert "config.json" not in {p.name for p in (tmp_path / "out").iterdir()}
+    told = verify_command(tmp_path / "out", str(tmp_path / "x.ckpt"))  # the command that is printed
+    assert told["tensors_equal_to_pickle"] == 2 and "no model yet" in told["notes"][0]
 
 
 def test_a_dry_run_unpickles_and_writes_nothing(no_process, tmp_path):

@@ -198,6 +198,8 @@ def test_layers_name_what_comes_back(
     pre, post = kit.pair(tmp_path, "jet_nemotron")
     out = kit.restored(pre, post, tmp_path / "out", layers=layers)
     assert kit.data(out) == kit.expected(pre, post, kinds, layers=numbers)
+    notes = " ".join(restore.plan(pre, post, restore.Options(layers=layers)).notes)
+    assert ("attend to a window" in notes) == (layers != "full")
 
 
 @pytest.mark.parametrize("layers", ["0", "3,0", "4", "x", "1,,2", "-1", "1-2"])
@@ -365,7 +367,9 @@ def test_links_into_a_hub_cache_are_read_and_never_written(tmp_path: Path):
     out = kit.restored(snapshot, post, tmp_path / "out")
     assert kit.data(out) == kit.expected(pre, post)
     assert kit.digests(blobs) == before
-    shards = json.loads((out / "morph.json").read_text())["restored"][0]["pre"]["shards"]
+    told = json.loads((out / "morph.json").read_text())["restored"][0]["pre"]
+    assert told["name"] == "org/name"
+    shards = told["shards"]
     assert {n: s["sha256"] for n, s in shards.items()} == {n: files[n] for n in shards}
 
 
@@ -485,13 +489,19 @@ def test_widening_is_exact_and_asked_for(tmp_path: Path):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 from morph import restore
 calls = 0
+def finished():  # another thread says that a file is on the disk
+    found = Path(sys.argv[3]).parent.glob(".out.*.jsonl")
+    return any(journal.read_bytes().count(b"\\n") > 1 for journal in found)
 def progress(done, total):
     global calls
     calls += 1
     if calls == int(sys.argv[4]):
+        while "wait" in sys.argv and not finished():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 restore.write(restore.plan(*sys.argv[1:3]), sys.argv[3], progress=progress)
 """
@@ -513,7 +523,7 @@ def test_a_killed_run_leaves_nothing_and_resumes_to_the_same_bytes(point: int, t
 
 def test_a_killed_run_goes_on_with_its_own_inputs_and_options_only(tmp_path: Path):
     pre, post = kit.pair(tmp_path, shards=3)
-    arguments = [str(pre), str(post), str(tmp_path / "out"), "24"]
+    arguments = [str(pre), str(post), str(tmp_path / "out"), "24", "wait"]
     subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
     other = kit.morph("restore", pre, post, tmp_path / "out", "--include", "q")
     assert other.code == 4 and "--restart" in other.err and "include" in other.err
@@ -655,7 +665,6 @@ def test_the_command_says_what_it_does_and_what_comes_next(tmp_path: Path):
     assert found["cosine_of_q"] > 0.99
     done = kit.morph("restore", pre, post, out)
     assert done.code == 0
-    # Qwen3-Next has a layout, but no family that could load it for an evaluation
     assert done.err.splitlines()[-1] == f"next: morph verify {out} --against {post} --pre {pre}"
     assert "the paper does not settle" in done.err and "evaluate both" in done.err
     for text in ("2 of 4: 1, 3", "8 tensors", "bytes of PRE"):

@@ -98,6 +98,7 @@ def passes(pre: Path, post: Path, *options: str) -> list[str]:
         (("--budget", "1/2"), ("--budget says how much of a scores.json",)),
         (("--layers", ""), ("--layers is empty",)),
         (("--layers", "some"), ("'some' is no layer", "1, 3")),
+        (("--layers", "ful"), ("Did you mean 'full'", "1, 3")),
         (("--layers", "2"), ("layer 2 has no softmax attention", "1, 3")),
         (("--layers", "9"), ("layer 9 does not exist", "1, 3")),
         (("--layers", "gone.json"), ("gone.json cannot be read",)),
@@ -637,6 +638,15 @@ def test_architectures_that_nobody_knows_list_candidates(tmp_path: Path):
     for folder in (pre, post):
         configure(folder, model_type="lama3")
     refuse(pre, post, 3, "'lama3' has no layout", "model.layers.0", "llama")
+
+
+def test_a_fresh_hybrid_as_post_is_asked_about(pair: tuple[Path, Path]):
+    pre, post = pair
+    question = "is the order PRE POST right?"
+    (post / "morph.json").write_text('{"plan": {}}')
+    assert question in " ".join(restore.plan(pre, post).notes)
+    (pre / "morph.json").write_text('{"plan": {}}')
+    assert question not in " ".join(restore.plan(pre, post).notes)
 
 
 def test_morph_json_that_is_none(pair: tuple[Path, Path]):

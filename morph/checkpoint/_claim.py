@@ -124,6 +124,6 @@ class Claim:
         nbytes = sum(done.nbytes for done in past.done.values())
         raise MismatchError(
             f"{escape(self.out)}: an unfinished write is there ({len(past.done)} finished "
-            f"file{'s' * (len(past.done) != 1)}, {nbytes} bytes), of other inputs or options: {'; '.join(changed[:3])}{more}. Give --restart "
-            "to drop it, or another output."
+            f"file{'s' * (len(past.done) != 1)}, {nbytes} bytes), of other inputs or options: "
+            f"{'; '.join(changed[:3])}{more}. Give --restart to drop it, or another output."
         )

@@ -240,7 +240,8 @@ def layouts(files: Sequence[TorchFile]) -> tuple[list[Layout], tuple[str, ...]]:
             else:
                 kind = escape(_field(line, "none", str, file), 60)
                 raise CheckpointError(
-                    f"{escape(file.path)} holds {_a(kind)}, no tensors by name. Nothing was written."
+                    f"{escape(file.path)} holds {_a(kind)}, no tensors by name. Nothing was "
+                    "written."
                 )
         protections = reader.protections
     made = [
