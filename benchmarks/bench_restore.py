@@ -233,8 +233,9 @@ def jobs(root: Path, types: list[str], shards: int, mergekit: str | None) -> dic
         "restore": lambda: python(COMMAND, "restore", pre, post, out),
         "sha256": lambda: python(HASH, post),
     }
-    found["transformers"] = lambda: python(TRANSFORMERS, pre, post, out, largest + 1)
-    if mergekit:
+    if mergekit != "none":
+        found["transformers"] = lambda: python(TRANSFORMERS, pre, post, out, largest + 1)
+    if mergekit and mergekit != "none":
         recipe = str(merge_recipe(root, types))
         found["mergekit"] = lambda: run([mergekit, recipe, out, "--lazy-unpickle"])
     return found
@@ -355,7 +356,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", help="where to work; a temporary folder by default")
-    parser.add_argument("--mergekit", help="the mergekit-yaml of another environment")
+    parser.add_argument("--mergekit", help="mergekit-yaml elsewhere; none: no rivals")
     parser.add_argument("--sparse", type=float, help="GB of a folder of holes, for the peak")
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
