@@ -1,14 +1,14 @@
 """What a fine-tuning on short problems takes from recall, and what each way of restoring returns.
 
-    python benchmarks/bench_repair.py [--arms problems replay] [--seeds 3] [--work DIR]
+    python benchmarks/bench_repair.py [--arms replay problems] [--seeds 3] [--work DIR]
 
 The hybrid of the embedded checkpoint that keeps layers 5 and 7 full (window 64 in the others) is
-tuned on problems of at most 128 tokens: on lookups alone (`problems`), on lookups and sums at a
-high rate with half of the rows plain text (`replay`), or on lookups with as much text at half that
-rate (`gentle`). Then queries, keys and other parts are put back by `morph restore`. The checkpoints
-that matter most get the same 200 questions a cell, all get the first 60 of `multikey`, and 200
-held-out problems of each task. Answers already in the work folder are not asked again, and a tuning
-that was stopped goes on. `gentle` is run with the first seed only.
+tuned on problems of at most 128 tokens. `replay`: lookups and sums at a high rate, half of the rows
+plain text; `problems`: lookups alone; `gentle`: lookups and text at half the rate, first seed only;
+`attention`: lookups alone at a very high rate, where only the attention of layers 5 and 7 trains.
+Then queries, keys and other parts are put back by `morph restore`. The checkpoints that matter most
+get the same 200 questions a cell, all get the first 60 of `multikey`, and 200 held-out problems of
+each task. Answers already in the work folder are not asked again, a stopped tuning goes on.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ BOTH = ("lookups", "sums")
 ARMS = {
     "problems": Finetune(tokens=196608, lr=1e-3, tasks=("lookups",), probe_every=16),
     "replay": Finetune(tokens=262144, lr=6e-3, tasks=BOTH, text=0.5, probe_every=16),
+    "attention": Finetune(
+        tokens=131072, lr=1e-2, tasks=("lookups",), freeze=("rest",), probe_every=16
+    ),
     "gentle": Finetune(tokens=196608, lr=3e-3, tasks=("lookups",), text=0.5, probe_every=16),
 }
 # name: what is restored from PRE into POST, in the words of `morph restore`
@@ -62,6 +65,8 @@ RESTORED: dict[str, dict[str, Any]] = {
     "q,k of all layers": {"include": "q,k", "layers": "all"},
     "attention of windows": {"include": "q,k,v,o,norm", "layers": "0,1,2,3,4,6"},
 }
+SWAPPED = "pre with q,k of post"
+SHORT = ("gentle", "attention")  # arms without the other ways of restoring
 IMPORTANT = ("pre", "post", "q,k", "frozen q,k")
 Make = Callable[[], Any]
 
@@ -143,7 +148,8 @@ class Bench:
         work = self.work / f"{arm}-{seed}"
         work.mkdir(parents=True, exist_ok=True)
         post, told = self.tuned(section, seed, work / "post")
-        frozen, _ = self.tuned(replace(section, freeze=("q", "k")), seed, work / "frozen")
+        fixed = replace(section, freeze=("q", "k", *section.freeze))
+        frozen, _ = self.tuned(fixed, seed, work / "frozen")
         makes: dict[str, Make] = {
             "pre": lambda: self.load(self.pre),
             "post": lambda: self.load(post),
@@ -151,15 +157,13 @@ class Bench:
         for name, options in RESTORED.items():
             makes[name] = lambda n=name, o=options: self.load(self.restored(self.pre, post, n, o))
         swapped = {"include": "q,k"}
-        makes["pre with q,k of post"] = lambda: self.load(
-            self.restored(post, self.pre, "swapped", swapped, work)
-        )
+        makes[SWAPPED] = lambda: self.load(self.restored(post, self.pre, "swapped", swapped, work))
         makes["mlp of all layers"] = lambda: self.with_parts(post, ".mlp.")
         makes["frozen q,k"] = lambda: self.load(frozen)
         hits, losses = {}, {}
         for name, make in makes.items():
             important = name in IMPORTANT
-            if arm == "gentle" and not important:
+            if arm in SHORT and not important and name != SWAPPED:
                 continue
             folder = work / "answers"
             if name == "pre":  # the same for all that are tuned on the same tasks

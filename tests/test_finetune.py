@@ -84,6 +84,16 @@ def test_what_is_frozen_stays_in_the_full_layers_and_only_there(tiny, tmp_path):
     assert still == {f"model.layers.{i}.self_attn.{p}" for i in full for p in parts}
 
 
+def test_all_but_attention_of_full_layers_can_be_frozen(tiny, tmp_path):
+    made = Made(tiny, freeze=("rest", "v"))
+    before = made.weights()
+    made.tune(tmp_path / "work")
+    parts = [f"{n}_proj" for n in "qko"] + ["q_norm", "k_norm"]
+    full = made.plan.full_layers
+    wanted = {f"model.layers.{i}.self_attn.{p}.weight" for i in full for p in parts}
+    assert moved(before, made.weights()) == wanted
+
+
 def test_an_interrupted_tuning_goes_on_bit_for_bit(tiny, tmp_path):
     whole = Made(tiny, save_every=2)
     whole.tune(tmp_path / "whole")
@@ -153,11 +163,11 @@ def test_text_has_its_share_of_rows_and_is_learnt_whole(tiny):
 
 def test_nothing_can_be_frozen_that_a_layer_lacks(tiny):
     made = Made(tiny)
-    names = _finetune.frozen_names(made.source, made.plan, ["o"])
+    names = _finetune.frozen_names(made.source, made.plan, ["o"], ())
     assert names == {f"model.layers.{i}.self_attn.o_proj.weight" for i in made.plan.full_layers}
     with pytest.raises(UsageError, match="finetune.freeze: norm cannot be held fixed"):
         none = replace(made.plan, layers=made.plan.layers)
         fields = dict(made.source.checkpoint.tensors)
         lacking = {n: i for n, i in fields.items() if "_norm" not in n or "layernorm" in n}
         object.__setattr__(made.source.checkpoint, "tensors", lacking)
-        _finetune.frozen_names(made.source, none, ["norm"])
+        _finetune.frozen_names(made.source, none, ["norm"], ())

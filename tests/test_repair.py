@@ -172,6 +172,7 @@ def test_perplexity_is_compared_context_by_context():
         ("finetune: {tokens: 1K, stop_below: 0.5}", "set finetune.probe_every too"),
         ("finetune: {tokens: 1K, freeze: [q, q]}", "finetune.freeze: q is listed twice"),
         ("finetune: {tokens: 1K, freeze: [gate]}", "finetune.freeze[0]"),
+        ("finetune: {tokens: 1K, freeze: [q, k, v, o, norm, rest]}", "nothing would train"),
         ("finetune: {tokens: 1K}\nrestore: {method: ridge}", "restore.rho: it is needed by"),
         ("finetune: {tokens: 1K}\nrestore: {alpha: 0.5}", "restore.alpha: it belongs to"),
         ("finetune: {tokens: 1K}\nrestore: {method: interpolate, alpha: 2}", "restore.alpha: 2"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,9 @@ def tune(
         training=settings,
         probe=probe,
         until=until,
-        frozen=frozen_names(source, plan, section.freeze),
+        frozen=frozen_names(
+            source, plan, section.freeze, (n for n, _ in student.named_parameters())
+        ),
         seed=recipe.seed,
         progress=told,
     )
@@ -127,18 +129,26 @@ def _words(settings: Training) -> str:
     return f"{count} questions of {settings.probe_task} at {settings.probe_length} tokens"
 
 
-def frozen_names(source: Source, plan: Plan, freeze: Collection[str]) -> frozenset[str]:
-    """Return the tensors that `freeze` names in the layers that keep full attention.
+def frozen_names(
+    source: Source, plan: Plan, freeze: Collection[str], names: Iterable[str]
+) -> frozenset[str]:
+    """Return the parameters of a hybrid, of all its `names`, that `freeze` holds fixed.
 
-    Raises UsageError where a layer has none, or only as rows of a tensor that holds more.
+    Projections and norms are those of the layers that keep full attention; `rest` is all but
+    those. Raises UsageError where a layer has none, or only as rows of a tensor that holds more.
     """
     if not freeze:
         return frozenset()
     shapes = {name: info.shape for name, info in source.checkpoint.tensors.items()}
     reading = layouts.read(source.checkpoint.config, shapes)
+    whole = [r for r in reading.rows if r.layer in plan.full_layers]
     found = set()
     for part in freeze:
-        rows = [r for r in reading.rows if r.role in ROLES[part] and r.layer in plan.full_layers]
+        if part == "rest":
+            roles = [role for roles in ROLES.values() for role in roles]
+            found |= set(names) - {r.tensor for r in whole if r.role in roles}
+            continue
+        rows = [r for r in whole if r.role in ROLES[part]]
         fused = next((r.tensor for r in rows if r.ranges is not None), None)
         if fused is not None or not rows:
             why = f"{escape(fused)} holds more than that" if fused else "the layers have no such"

@@ -16,7 +16,8 @@ class Finetune:
     Rows of `seq_len` tokens hold problems of the `tasks`, of which the solutions are learnt; `text`
     is the share of rows that are plain text of the data section instead. All weights train but the
     output head (and an embedding tied to it) and what `freeze` names: projections (q, k, v, o) and
-    norms of queries and keys (norm) of the layers that keep full attention.
+    norms of queries and keys (norm) of the layers that keep full attention, or all but those
+    (rest).
 
     It ends after `tokens`, or, with `stop_below`, once recall falls to that share of what it was
     at the start. Recall is measured every `probe_every` steps (0: never) on `training.probe_task`,
@@ -34,7 +35,7 @@ class Finetune:
     weight_decay: float = 0.0
     clip: float = 1.0
     text: float = 0.0
-    freeze: tuple[Literal["q", "k", "v", "o", "norm"], ...] = ()
+    freeze: tuple[Literal["q", "k", "v", "o", "norm", "rest"], ...] = ()
     stop_below: float | None = None
     probe_every: int = 0
     problems: int = 200
@@ -65,6 +66,8 @@ def check(tuned: Finetune | None, restored: Restore | None) -> None:
         raise RecipeError("finetune.tasks: name one at least, such as [lookups].")
     for key in ("tasks", "freeze"):
         _once(getattr(tuned, key), f"finetune.{key}")
+    if {"q", "k", "v", "o", "norm", "rest"} <= set(tuned.freeze):
+        raise RecipeError("finetune.freeze: it names everything; nothing would train.")
     if tuned.stop_below is not None and not tuned.probe_every:
         raise RecipeError(
             "finetune.stop_below: recall is never measured; set finetune.probe_every too."
@@ -95,7 +98,9 @@ def words(tuned: Finetune | None, restored: Restore | None) -> dict[str, str]:
     if tuned is not None:
         text = f"{tuned.tokens:,} tokens of {', '.join(tuned.tasks)} in rows of {tuned.seq_len}"
         text += f", {tuned.text:.0%} of them plain text" if tuned.text else ""
-        text += f"; {', '.join(tuned.freeze)} of full layers fixed" if tuned.freeze else ""
+        parts = [name for name in tuned.freeze if name != "rest"]
+        text += f"; {', '.join(parts)} of full layers fixed" if parts else ""
+        text += "; all but attention of full layers fixed" if "rest" in tuned.freeze else ""
         if tuned.stop_below is not None:
             text += f"; until recall is below {tuned.stop_below:.0%} of its start"
         told["fine-tuning"] = text
