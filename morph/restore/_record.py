@@ -26,7 +26,7 @@ def read_record(source: Weights) -> dict[str, Any]:
     if not os.path.lexists(source.path / PROVENANCE):
         return {}
     where = escape(source.path / PROVENANCE)
-    found = load_json(read_small(source.path, PROVENANCE, MAX_JSON["manifest"]), where)
+    found = load_json(read_small(source.path, PROVENANCE, MAX_JSON["config"]), where)
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} must be a JSON object, not {type(found).__name__}.")
     return found
