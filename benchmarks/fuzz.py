@@ -41,7 +41,7 @@ from _readers import MIB, Broken, StricterError, Target, require, targets
 from morph import checkpoint, cli
 from morph.errors import MismatchError, MorphError
 
-CPU_SECONDS, WALL_SECONDS, GROWTH, BATCH = 2.0, 10.0, 256 * MIB, 2000
+CPU_SECONDS, WALL_SECONDS, GROWTH, BATCH = 2.0, 5.0, 256 * MIB, 2000
 FOUND = Path(tempfile.gettempdir()) / "morph-fuzz"
 
 
@@ -106,12 +106,13 @@ def forget_peak() -> None:
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """Raise Hang where what runs takes too much of the CPU, or waits for something for ever."""
-    used = time.process_time()
+    used, idle = time.process_time(), 0
 
     def ring(number: int, frame: Any) -> None:
-        nonlocal used
+        nonlocal used, idle
         now = time.process_time()
-        if number == signal.SIGPROF or now - used < 0.01:  # others may have had the CPU meanwhile
+        idle = idle + 1 if now - used < 0.01 else 0  # others may have had the CPU meanwhile
+        if number == signal.SIGPROF or idle > 1:  # once: this process may have been held
             raise Hang
         used = now
 

@@ -260,6 +260,7 @@ def _json(text: str, where: str) -> Any:
             raise PlanError(f"{where}: key {_say(twice)} appears twice. Leave one.")
         return found
 
+    planning.check_branches(text, where)
     try:
         data = json.loads(text, object_pairs_hook=pairs)
     except PlanError:

@@ -23,7 +23,7 @@ Granularity = Literal["layer", "kv_head", "head"]
 Fusion = Literal["none", "scale"]
 Unit = int | tuple[int, int]
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
-MAX_DEPTH = 32
+MAX_DEPTH, MAX_BRANCHES = 32, 200_000  # of files
 STATE_BYTES = 4  # recurrent states are kept in float32 whatever the model's dtype
 
 
@@ -428,7 +428,15 @@ def loads_scores(text: str, where: str = "scores") -> Scores:
 
 def loads_plan(text: str, where: str = "plan") -> Plan:
     """Return the Plan that `dumps` wrote; raise PlanError naming the first wrong key."""
+    if text.count(",") > MAX_BRANCHES:
+        raise PlanError(f"{where}: more than {MAX_BRANCHES} values; no plan has so many.")
     return strict.build(Plan, _json(text, where), where, PlanError)
+
+
+def check_branches(text: str, where: str) -> None:
+    """Raise PlanError for JSON of so many lists that to look at each takes seconds."""
+    if text.count("[") + text.count("{") > MAX_BRANCHES:
+        raise PlanError(f"{where}: more than {MAX_BRANCHES} lists; no model has so many units.")
 
 
 def _json(text: str, where: str) -> Any:
@@ -439,6 +447,7 @@ def _json(text: str, where: str) -> Any:
             raise PlanError(f"{where}: key '{escape(twice)}' appears twice.")
         return found
 
+    check_branches(text, where)
     try:
         data = json.loads(text, object_pairs_hook=pairs)
     except PlanError:

@@ -134,10 +134,13 @@ def _tuple(args: tuple[Any, ...], value: Any, where: str, error: type[MorphError
     if isinstance(value, str) or not isinstance(value, (list, tuple)):
         raise error(f"{where}: expected a list, got {_say(value)}.")
     if len(args) == 2 and args[1] is Ellipsis:
-        if all(type(v) is args[0] for v in value) and (
-            args[0] in (int, str, bool) or (args[0] is float and all(map(math.isfinite, value)))
-        ):  # nothing to convert, which is quick to see for the pairs of a large model
+        # where nothing needs a message it is quick to see, for the pairs of a large model
+        if args[0] in (int, str, bool) and all(type(v) is args[0] for v in value):
             return tuple(value)
+        if args[0] is float and all(type(v) is float or type(v) is int for v in value):
+            numbers = tuple(real for v in value if (real := _real(v)) is not None)
+            if all(map(math.isfinite, numbers)):
+                return numbers
         return tuple(convert(args[0], v, f"{where}[{i}]", error) for i, v in enumerate(value))
     if len(args) != len(value):
         raise error(f"{where}: expected {len(args)} entries, got {len(value)}.")

@@ -776,6 +776,49 @@ def test_a_bit_that_flipped_is_found_by_the_manifest(place: Path) -> None:
     refused(place, VerificationFailed, f"{TWO}: expected sha256", "verify", "post")
 
 
+def in_plan(old: str, new: str) -> Callable[[], str]:
+    """The good plan with one thing changed."""
+    return lambda: c.plan_text().replace(old, new, 1)
+
+
+SELECTIONS: dict[str, tuple[Callable[[], str], str]] = {
+    "plan-900-deep": (in_plan("{}", '{"a":' + "[" * 900 + "]" * 900 + "}"), "nested deeper than"),
+    "plan-of-a-million-lists": (
+        in_plan("{}", '{"a":[' + "[]," * 10**6 + "1]}"),
+        "more than 200000",
+    ),
+    "plan-of-a-million-numbers": (in_plan("[\n", "[" + "1," * 10**6 + "\n"), "more than 200000"),
+    "plan-of-100000-keys": (
+        in_plan("{}", "{" + ",".join(f'"k{i}":1' for i in range(10**5)) + "}"),
+        "k0.*(unknown key|no such option)",
+    ),
+    "plan-of-a-billion-heads": (
+        in_plan('"num_attention_heads": 4', '"num_attention_heads": 1000000000'),
+        "every one of the 1000000000 heads",
+    ),
+    "plan-number-beyond-floats": (
+        in_plan('"cache": null', '"cache": {"per_token": ' + "9" * 400 + "}"),
+        "per_token.*not a finite number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_file_of_a_selection_takes_no_time(name: str, place: Path) -> None:
+    made, message = SELECTIONS[name]
+    (place / "bad.json").write_text(made())
+    before = state(place)
+    for call in (
+        ["convert", "pre", "out", "--plan", "bad.json"],
+        ["plan", "bad.json", "--model", "pre", "--budget", "1", "--out", "p.json"],
+    ):
+        found = morph(*call)
+        assert found.code == 2 and re.search("bad.json|layer 0", found.err), found.err
+        if call[0] == "convert":
+            assert re.search(message, found.err), found.err
+    assert state(place) == before
+
+
 @pytest.mark.parametrize("command", ["restore", "plan", "convert", "check"])
 def test_a_pipe_in_place_of_a_file_does_not_block(command: str, place: Path) -> None:
     for name in ("pipe.json", "pipe.yaml"):
