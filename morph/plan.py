@@ -101,13 +101,29 @@ class CacheCost:
 
     `tokens` is how many KV entries it holds at most (None: all of them), `per_token` multiplies
     the size of an entry, `state_elements` counts constant float32 elements per query head and
-    `kv_state_elements` those per KV head that the group is handed.
+    `kv_state_elements` those per KV head that the group is handed. Room for entries is made for
+    `step` tokens at a time, and beside each entry stand `token_elements` float32 elements per KV
+    head, such as K / 64 for a summary of K elements of every 64 tokens.
     """
 
     tokens: int | None = None
     per_token: float = 1.0
     state_elements: int = 0
     kv_state_elements: int = 0
+    step: int = 1
+    token_elements: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise PlanError(f"cache.step is {self.step}; it must be 1 token or more.")
+
+    def room(self, tokens: int) -> int:
+        """Return for how many entries there is room once `tokens` are held."""
+        return -(-tokens // self.step) * self.step
+
+    def token_bytes(self, entry: int) -> float:
+        """Return what one token takes per KV head, where a key and a value take `entry` bytes."""
+        return self.per_token * entry + STATE_BYTES * self.token_elements
 
     def state_bytes(self, num_heads: int, num_key_value_heads: int) -> int:
         """Return the constant bytes of a group of that many query and KV heads."""
@@ -367,9 +383,9 @@ class Plan:
                 if cost is None:
                     raise PlanError(f"layer {i}: no cache cost is recorded for {group.mixer!r}.")
                 bounds = [seq_len, cost.tokens, shape.windows[i]]
-                tokens = min(b for b in bounds if b is not None)
+                tokens = cost.room(min(b for b in bounds if b is not None))
                 kv_heads = len(shape.kv_heads(group.heads))
-                total += tokens * cost.per_token * kv_heads * entry
+                total += tokens * cost.token_bytes(entry) * kv_heads
                 total += cost.state_bytes(len(group.heads), kv_heads)
         return round(total)
 

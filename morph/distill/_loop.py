@@ -195,6 +195,7 @@ class _Run:
         index, clock, first = at.stage, time.perf_counter(), at.tokens
         begun, steps = clock, steps_of(stage)
         for step in range(at.step, steps):
+            self.trainee.progress(min(1.0, at.tokens / max(self.total, 1)))
             try:
                 loss, extra = self._backward(stage, head, self._batch(index, step))
                 norm = self.trainee.clip(stage, self.accelerator)
@@ -224,6 +225,7 @@ class _Run:
             self._report(record | seen, steps, (at.tokens - first) / max(now - begun, 1e-9))
             if over:
                 break
+        self.trainee.progress(1.0)
 
     def _head(self, batch: Batch) -> Head:
         # Where weights are split, the whole ones are elsewhere.

@@ -195,7 +195,7 @@ def first_of(output: Any) -> torch.Tensor:
 def _context(batch: Batch) -> Mapping[str, Any]:
     """Return what a converted layer must know of the batch, and a source's layer does not."""
     documents = None if batch.positions is None else Documents.of(batch.positions)
-    return {} if documents is None else {"morph_context": Context(documents=documents)}
+    return {"morph_context": Context(documents=documents)}  # one, so that layers can share
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -19,6 +19,7 @@ from morph.distill._sharding import (
     whole,
 )
 from morph.errors import MismatchError, TrainingError, UsageError
+from morph.mixers._base import MixerBase
 from morph.recipes.schema import Stage
 
 BETAS = (0.9, 0.95)
@@ -339,6 +340,13 @@ class Trainee:
         """Drop all gradients."""
         for name, master in self.masters.items():
             master.grad = self.model.get_parameter(name).grad = None
+
+    def progress(self, share: float) -> None:
+        """Tell every mixer which share of all tokens of the training is done; 1 is the end."""
+        for model in {id(m): m for m in (self.student, self.model)}.values():
+            for module in model.modules():
+                if isinstance(module, MixerBase):
+                    module.progress(share)
 
     def gates(self) -> dict[str, nn.Parameter]:
         """Return the gates, decays and gains that the running stage trains."""

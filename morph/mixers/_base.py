@@ -8,7 +8,7 @@ continues from what the state remembers and updates it, without one it starts fr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -56,7 +56,8 @@ class Inputs:
     them: `projected`, then normed by the source's q/k norms (`raw`), then `rotated`.
     hidden `[B, T, D]`: the layer's input. padding `[B, P + T]` bool, True for real tokens, over the
     `P` tokens seen before and the `T` of this call; None: all real. `earlier` has q and k of every
-    stage by name, for a mixer made of others.
+    stage by name, for a mixer made of others. `shared` is what layers leave for later layers of the
+    same forward, under keys of their own; None where a layer runs alone.
     """
 
     q: torch.Tensor
@@ -65,6 +66,7 @@ class Inputs:
     hidden: torch.Tensor
     padding: torch.Tensor | None = None
     earlier: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    shared: MutableMapping[Any, Any] | None = None
 
 
 # What the source computes for a group of heads: its inputs, and the heads' outputs [B, T, H, V]
@@ -103,8 +105,20 @@ class MixerBase(nn.Module, ABC):
     def calibrate(self, batches: Sequence[Seen]) -> None:
         """Set the mixer's own parameters from what the source computes on a few batches.
 
-        Called once, after `inherit`, where the source can be run. The default changes nothing.
+        Called once, after `inherit`, where the source can be run. The default changes nothing. A
+        layer that comes out farther from the source goes back to its start, but for `settings`.
         """
+
+    def progress(self, share: float) -> None:
+        """Be told, before every step of training, which share of all its tokens is done.
+
+        1 is the end, and what a mixer is outside of training. The default does nothing.
+        """
+
+    @classmethod
+    def follows(cls, options: Any) -> tuple[int, ...]:
+        """Return the earlier layers whose mixer, the same with its own index, must run before."""
+        return ()
 
     @classmethod
     @abstractmethod
@@ -116,9 +130,9 @@ class MixerBase(nn.Module, ABC):
         """Return the bytes of state read and written for one decoded token of one sequence."""
         cost = cls.cache_cost(options, shape)
         bounds = [b for b in (seq_len, cost.tokens, shape.window) if b is not None]
-        entry = shape.num_key_value_heads * (shape.head_dim + shape.v_head_dim) * itemsize
+        token = cost.token_bytes((shape.head_dim + shape.v_head_dim) * itemsize)
         recurrent = 2 * cost.state_bytes(shape.num_heads, shape.num_key_value_heads)
-        return round(min(bounds) * cost.per_token * entry) + recurrent
+        return round(min(bounds) * token * shape.num_key_value_heads) + recurrent
 
     @classmethod
     def identity(cls, options: Any, seq_len: int) -> Any | None:
@@ -137,3 +151,5 @@ class MixerBase(nn.Module, ABC):
 
     # Names (relative to the mixer) of parameters that get their own learning rate, no weight decay
     gates: ClassVar[tuple[str, ...]] = ()
+    # Names of parameters that `calibrate` sets to what an option asks for, near the source or not
+    settings: ClassVar[tuple[str, ...]] = ()

@@ -76,7 +76,7 @@ class Context:
 
     padding: torch.Tensor | None = None
     documents: Documents | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 class HybridAttention(nn.Module):
@@ -202,9 +202,10 @@ class HybridAttention(nn.Module):
         found = projected or self.projected(hidden_states, position_embeddings)
         padding = morph_context.padding if morph_context is not None else None
         documents = morph_context.documents if morph_context is not None else None
+        shared = morph_context.shared if morph_context is not None else None
         outputs = []
         for i, mixer in enumerate(self.mixers):
-            inputs = self._inputs(i, hidden_states, found, padding)
+            inputs = self._inputs(i, hidden_states, found, padding, shared)
             if documents is None:
                 outputs.append(mixer(inputs, self._state(past_key_values, i)))
             else:
@@ -216,7 +217,12 @@ class HybridAttention(nn.Module):
         return heads if self.fusion is None else self.fusion(heads)
 
     def _inputs(
-        self, i: int, hidden: torch.Tensor, found: Projected, padding: torch.Tensor | None
+        self,
+        i: int,
+        hidden: torch.Tensor,
+        found: Projected,
+        padding: torch.Tensor | None,
+        shared: dict[Any, Any] | None = None,
     ) -> Inputs:
         """Return what the mixer of group `i` sees."""
         heads, kv_heads, mixer = self.heads[i], self.kv_heads[i], self.mixers[i]
@@ -229,7 +235,9 @@ class HybridAttention(nn.Module):
         q, k = stages[mixer.wants]
         v = self._pick(found.v, kv_heads)
         earlier = stages if several else None
-        return Inputs(q=q, k=k, v=v, hidden=hidden, padding=padding, earlier=earlier)
+        return Inputs(
+            q=q, k=k, v=v, hidden=hidden, padding=padding, earlier=earlier, shared=shared
+        )
 
     def forward(
         self,

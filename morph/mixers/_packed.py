@@ -54,7 +54,7 @@ class Documents:
         """Return the heads' outputs [B, T, H, V] of `mixer` run on every document alone."""
         batch, tokens = inputs.q.shape[:2]
         places, outputs = [], []
-        for index, real in self.batches:
+        for number, (index, real) in enumerate(self.batches):
             index, real = index.to(inputs.q.device), real.to(inputs.q.device)
 
             def take(x: torch.Tensor, index: torch.Tensor = index) -> torch.Tensor:
@@ -65,7 +65,10 @@ class Documents:
                 earlier = {n: (take(q), take(k)) for n, (q, k) in earlier.items()}
             parts = {n: take(getattr(inputs, n)) for n in ("q", "k", "v", "hidden")}
             padding = None if bool(real.all()) else real
-            o = mixer(replace(inputs, **parts, padding=padding, earlier=earlier))
+            shared = inputs.shared
+            if shared is not None:  # what is left for later layers belongs to these documents
+                shared = shared.setdefault(("documents", number), {})
+            o = mixer(replace(inputs, **parts, padding=padding, earlier=earlier, shared=shared))
             places.append(index[real])
             outputs.append(o[real])
         back = torch.cat(places).argsort()

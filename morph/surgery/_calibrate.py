@@ -16,7 +16,7 @@ from torch import nn
 
 from morph.families._family import Family
 from morph.families._lookup import family_of
-from morph.mixers._hybrid import HybridAttention
+from morph.mixers._hybrid import Context, HybridAttention
 from morph.surgery._graft import attention_of, base_of, hybrid_layers
 
 
@@ -39,15 +39,21 @@ def calibrate(hybrid: nn.Module, source: nn.Module, ids: torch.Tensor) -> dict[i
     source is run once and left as it was; mixers without a `calibrate` keep their parameters.
     """
 
+    told = Context()
+
     def watch(layer: HybridAttention, hidden: Any, positions: Any, heads: Any, y: Any) -> Start:
-        before = _distance(layer, hidden, positions, y)
-        start = {name: p.detach().clone() for name, p in layer.own_parameters()}
+        before = _distance(layer, hidden, positions, y, told)
+        settings = {
+            f"mixers.{i}.{n}" for i, mixer in enumerate(layer.mixers) for n in mixer.settings
+        }
+        start = {n: p.detach().clone() for n, p in layer.own_parameters() if n not in settings}
         layer.calibrate([(hidden, positions, heads)])
-        after = _distance(layer, hidden, positions, y)
+        after = _distance(layer, hidden, positions, y, told)
         if not after <= before:  # heads are fitted one by one; together they may do worse
             for name, p in layer.own_parameters():
-                p.copy_(start[name])
-            after = before
+                if name in start:
+                    p.copy_(start[name])
+            after = _distance(layer, hidden, positions, y, told)
         return Start(before=before, after=after)
 
     return _visit(hybrid, source, ids, watch)
@@ -60,14 +66,18 @@ def output_errors(hybrid: nn.Module, source: nn.Module, ids: torch.Tensor) -> di
     Squares of the difference over squares of the source's output, on ids `[B, T]`.
     """
 
+    told = Context()
+
     def watch(layer: HybridAttention, hidden: Any, positions: Any, heads: Any, y: Any) -> float:
-        return _distance(layer, hidden, positions, y)
+        return _distance(layer, hidden, positions, y, told)
 
     return _visit(hybrid, source, ids, watch)
 
 
-def _distance(layer: HybridAttention, hidden: Any, positions: Any, y: torch.Tensor) -> float:
-    got, _ = layer(hidden, positions)
+def _distance(
+    layer: HybridAttention, hidden: Any, positions: Any, y: torch.Tensor, told: Context
+) -> float:
+    got, _ = layer(hidden, positions, morph_context=told)
     return ((got - y).double().square().sum() / y.double().square().sum()).item()
 
 

@@ -90,6 +90,7 @@ def graft(model: nn.Module, family: Family, plan: Plan, *, inherit: bool = False
     geometry = geometry_of(base, family)
     if geometry != plan.geometry:
         raise MismatchError(f"the plan was made for {plan.geometry}, the model has {geometry}.")
+    check_followed(plan)
     layers, originals = layers_of(base, family), {}
     for i in plan.replaced_layers:
         source = getattr(layers[i], family.attention)
@@ -212,12 +213,37 @@ def resolve_costs(plan: Plan) -> Plan:
                 HeadGroup(mixer=group.mixer, heads=group.heads, options=options, cache=cost)
             )
         layers.append(LayerPlan(groups=tuple(groups), fusion=layer.fusion))
-    return Plan(
+    resolved = Plan(
         model_type=plan.model_type,
         geometry=plan.geometry,
         layers=tuple(layers),
         scores_digest=plan.scores_digest,
     )
+    check_followed(resolved)
+    return resolved
+
+
+def check_followed(plan: Plan) -> None:
+    """Raise PlanError where a mixer follows a layer that has not what it needs (`follows`)."""
+    for i, layer in enumerate(plan.layers):
+        for group in layer.groups:
+            for owner in _followed(group, i):
+                where = f"layer {i}: mixer {group.mixer} follows layer {owner}"
+                if not 0 <= owner < i:
+                    raise PlanError(f"{where}; it can follow an earlier layer only.")
+                owners = [g for g in plan.layers[owner].groups if g.mixer == group.mixer]
+                if not any(not _followed(g, owner) for g in owners):
+                    raise PlanError(
+                        f"{where}, which has no {group.mixer} of its own. Let it follow a layer "
+                        "that has, or none."
+                    )
+
+
+def _followed(group: HeadGroup, layer_idx: int) -> tuple[int, ...]:
+    module = mixer_module(group.mixer)
+    where = f"layer {layer_idx}: mixer {group.mixer}"
+    options = strict.build(module.Options, group.options, where, PlanError)
+    return module.Mixer.follows(options) if hasattr(module.Mixer, "follows") else ()
 
 
 def group_cost(
