@@ -354,7 +354,10 @@ class Plan:
 
     @property
     def layer_types(self) -> tuple[str, ...]:
-        """The layers in Hugging Face's words: full, sliding or linear attention, or hybrid."""
+        """The layers in Hugging Face's words: full, sliding or linear attention, or hybrid.
+
+        They have none for mixers that keep every token and read some: `sparse_attention`.
+        """
         words = {"full": "full_attention", "sliding": "sliding_attention"}
         found = []
         for layer, window in zip(self.layers, self.geometry.windows):
@@ -363,7 +366,7 @@ class Plan:
             elif layer.mixer is None:
                 found.append("hybrid")
             else:
-                found.append(words.get(layer.mixer, "linear_attention"))
+                found.append(words.get(layer.mixer) or _word(layer.groups[0].cache))
         return tuple(found)
 
     def cache_bytes(self, seq_len: int, dtype: str = "bfloat16") -> int:
@@ -388,6 +391,13 @@ class Plan:
                 total += tokens * cost.token_bytes(entry) * kv_heads
                 total += cost.state_bytes(len(group.heads), kv_heads)
         return round(total)
+
+
+def _word(cost: CacheCost | None) -> str:
+    """Return the word for a mixer by what it keeps: all tokens, and no state, is no linear one."""
+    if cost is None or cost.tokens is not None or cost.state_bytes(1, 1):
+        return "linear_attention"
+    return "full_attention" if cost == CacheCost() else "sparse_attention"
 
 
 def _last_part(mixer: str) -> str:

@@ -151,5 +151,7 @@ class MixerBase(nn.Module, ABC):
 
     # Names (relative to the mixer) of parameters that get their own learning rate, no weight decay
     gates: ClassVar[tuple[str, ...]] = ()
+    # Whether every token is read: a layer with such a mixer counts as one that keeps attention
+    dense: ClassVar[bool] = False
     # Names of parameters that `calibrate` sets to what an option asks for, near the source or not
     settings: ClassVar[tuple[str, ...]] = ()

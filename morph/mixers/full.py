@@ -21,6 +21,8 @@ from morph.mixers._base import GroupShape, Inputs, MixerBase
 from morph.mixers._softmax import attend
 from morph.plan import CacheCost
 
+LINEAR = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -29,6 +31,8 @@ class Options:
 
 class Mixer(MixerBase):
     """Full attention of a head group; the identity under any options."""
+
+    dense = True
 
     def forward(self, inputs: Inputs, state: State | None = None) -> torch.Tensor:
         """Return the heads' outputs [B, T, H, V]; rows of padding are zeros."""

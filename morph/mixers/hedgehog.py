@@ -36,6 +36,7 @@ from morph.mixers._base import GroupShape, Inputs, MixerBase
 from morph.mixers._softmax import attend
 from morph.plan import CacheCost
 
+SEES = "window"
 _MIX_START = math.log(0.1 / 0.9)  # of the official code: the window counts a tenth
 # Far beyond any use; a checkpoint's configuration must not be able to ask for all memory
 _MOST_TOKENS, _MOST_FEATURES = 2**20, 4096

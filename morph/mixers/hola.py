@@ -40,6 +40,7 @@ from morph.mixers import _linear
 from morph.mixers._base import GroupShape, Inputs, MixerBase, Seen
 from morph.plan import CacheCost
 
+SEES = "cache + block"
 _STATE_START = 2.0**-6  # about sigmoid(-4), and the same in every dtype
 # exp(-8) beside a softmax sum of about 1 or more moves an output by 3e-4 at most, and still learns
 _SINK_START = -8.0

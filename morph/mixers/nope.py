@@ -30,6 +30,8 @@ from morph.mixers._base import GroupShape, Inputs, MixerBase
 from morph.mixers._softmax import attend
 from morph.plan import CacheCost
 
+LINEAR = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -50,6 +52,7 @@ class Mixer(MixerBase):
 
     wants = "raw"
     gates = ("z_bias",)
+    dense = True
 
     def __init__(self, shape: GroupShape, options: Options) -> None:
         super().__init__(shape, options)

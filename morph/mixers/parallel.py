@@ -31,6 +31,7 @@ from morph.mixers._base import GroupShape, Inputs, MixerBase, Seen
 from morph.mixers._softmax import attend
 from morph.plan import CacheCost
 
+SEES = "window"
 _OWN = "branch."  # what the branch remembers lies under this in the state
 
 

@@ -26,6 +26,8 @@ from morph.mixers._base import GroupShape, Inputs, MixerBase
 from morph.mixers._softmax import attend
 from morph.plan import CacheCost
 
+SEES = "window"
+LINEAR = False
 # exp(-8) beside a softmax sum of about 1 or more: step 0 moves by at most 3e-4 of an output, while
 # the gradient, of the same order, is still alive. Below about -17 both vanish in float32.
 _SINK_START = -8.0

@@ -28,24 +28,19 @@ share of the peak, which nothing here has measured.
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from morph import registry
 from morph.errors import CheckpointError, escape
+from morph.pipeline import _reach
 from morph.plan import Geometry, Plan
 from morph.recipes._rules import kl_share
 from morph.recipes.schema import Mixer, Recipe, Stage
 
 UTILISATION = 0.4  # of the dense peak: what a large, well-fed model reaches in training
 _CHUNK = 64  # tokens that a linear kernel takes at a time
-_SOFTMAX = ("full", "nope", "sliding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,42 +353,28 @@ def _softmax(sizes: Sizes, seq_len: int, window: int | None) -> float:
 
 def _mixing(group: Group, sizes: Sizes, seq_len: int, window: int | None) -> float:
     """FLOPs per token and head of a mixer."""
-    shape, options = sizes.geometry, _options(group)
-    own = options.get("window") or options.get("block", 0) + options.get("cache", 0)
-    if own:
+    shape, options = sizes.geometry, _reach.options_of(group.mixer, group.options)
+    own = _reach.sees(group.mixer, group.options)
+    if own is not None:
         window = own if window is None else min(own, window)
     softmax = _softmax(sizes, seq_len, window)
-    if group.mixer in _SOFTMAX:
+    has_softmax, has_linear = _reach.parts(group.mixer)
+    if not has_linear:
         return softmax
     size, value = shape.head_dim, shape.v_head_dim
     if isinstance(features := options.get("features"), int):  # phi has two halves
         size = 2 * features
     linear = 4 * size * value + 4 * _CHUNK * (size + value)
-    return linear + (softmax if own or group.mixer == "parallel" else 0.0)
+    return linear + (softmax if has_softmax else 0.0)
 
 
 def _own(group: Group, sizes: Sizes) -> float:
     """Weights per head that a mixer brings: its gate's and its feature maps'."""
-    options, shape = _options(group), sizes.geometry
+    options, shape = _reach.options_of(group.mixer, group.options), sizes.geometry
     gated = group.mixer == "mamba2" or options.get("gate", False) not in (False, "none")
     found = shape.v_head_dim * shape.hidden_size if gated else 0
     if isinstance(features := options.get("features"), int):
         found += 2 * shape.head_dim * features
-    return found
-
-
-def _options(group: Group) -> dict[str, Any]:
-    """The options of a group with the defaults that its mixer's source states."""
-    known = group.mixer in registry.names("mixers")
-    return {**(_defaults(registry.path("mixers", group.mixer)) if known else {}), **group.options}
-
-
-@cache
-def _defaults(file: Path) -> dict[str, Any]:
-    found = {}
-    for name, _, default in registry.options("mixers", file.stem):
-        with suppress(ValueError):  # a constant's name, or no default
-            found[name] = ast.literal_eval(default)
     return found
 
 

@@ -145,9 +145,9 @@ def layout_of(plan: Plan) -> tuple[Mixer, int]:
 
 
 def _keeps(group: planning.HeadGroup) -> bool:
-    cost = group.cache or planning.CacheCost()
-    plain = not cost.state_elements and not cost.kv_state_elements
-    return group.mixer == "full" or (group.cache is not None and cost.tokens is None and plain)
+    from morph.mixers._hybrid import mixer_module
+
+    return group.mixer == "full" or getattr(mixer_module(group.mixer).Mixer, "dense", False)
 
 
 def evaluate(

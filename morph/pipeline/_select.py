@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from morph import plan as planning
 from morph import registry, selection
 from morph.errors import MismatchError, PlanError, UsageError, escape
-from morph.pipeline import _data
+from morph.pipeline import _data, _reach
 from morph.pipeline._source import Say, Source, quiet
 from morph.plan import Budget, Granularity, Plan, Scores
 from morph.recipes.schema import Mixer, Select
@@ -33,18 +33,13 @@ def budget_of(section: Select) -> Budget:
 
 
 def with_length(section: Select, mixer: Mixer, source: Source) -> Select:
-    """Return the section with `seq_len` filled in: longer than the window, within the context."""
+    """Return the section with `seq_len` filled in: longer than what the mixer sees, in context."""
     if section.seq_len is not None:
         return section
-    defaults = (
-        {name: default for name, _, default in registry.options("mixers", mixer.name)}
-        if mixer.name in registry.names("mixers")
-        else {}
-    )
-    window = mixer.options.get("window", int(defaults.get("window", 0)))
+    seen = _reach.sees(mixer.name, mixer.options) or 0
     config = {**source.family.defaults, **source.checkpoint.config}
     context = int(config.get("max_position_embeddings") or 2**31)
-    return replace(section, seq_len=min(max(512, 2 * int(window)), context))
+    return replace(section, seq_len=min(max(512, 2 * seen), context))
 
 
 def blank(
