@@ -78,11 +78,15 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheBytes:
-    """Generation state of one sequence of `tokens` tokens, and its share of the source's."""
+    """Generation state of one sequence of `tokens` tokens, and its share of the source's.
+
+    `read` are the bytes of it that one more token reads and writes, where that is known.
+    """
 
     tokens: int
     bytes: int
     ratio: float
+    read: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

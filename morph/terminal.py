@@ -240,7 +240,8 @@ def _swaps(report: Mapping[str, Any]) -> str:
 
 def plan(found: Mapping[str, Any]) -> None:
     """Print a plan: its pattern and what it saves."""
-    told = {k: v for k, v in found.items() if k not in ("cache_bytes", "load", "serve")}
+    apart = ("cache_bytes", "decode_bytes", "load", "serve")
+    told = {k: v for k, v in found.items() if k not in apart}
     told["full_heads"] = "; ".join(
         f"layer {layer}: {', '.join(map(str, heads)) or 'none'}"
         for layer, heads in (found.get("full_heads") or {}).items()
@@ -249,11 +250,18 @@ def plan(found: Mapping[str, Any]) -> None:
         told.pop("full_heads")
     if found.get("swaps"):
         told["swaps"] = _swaps(found["swaps"])
-    for name, entry in (found.get("cache_bytes") or {}).items():
-        before, after = entry["source"], entry["hybrid"]
-        share = f"{after / before:.2f}x, 16 bit"
-        told[f"cache at {name}"] = f"{size(after)} of {size(before)} ({share})"
+    cache, reads = found.get("cache_bytes") or {}, found.get("decode_bytes") or {}
+    told |= {f"cache at {name}": _beside(entry) for name, entry in cache.items()}
+    for name, entry in reads.items():  # told where a mixer keeps tokens that it does not read
+        if entry["hybrid"] < 0.95 * cache[name]["hybrid"]:
+            told[f"read a token at {name}"] = _beside(entry)
     pairs(told)
+
+
+def _beside(entry: Mapping[str, int]) -> str:
+    """Return the bytes of a hybrid beside its source's."""
+    before, after = entry["source"], entry["hybrid"]
+    return f"{size(after)} of {size(before)} ({after / before:.2f}x, 16 bit)"
 
 
 def written(found: Mapping[str, Any]) -> None:

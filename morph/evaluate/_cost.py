@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from morph import surgery
 from morph.cache import held_bytes
 from morph.evaluate._common import Model, Source, inference, make, random_ids
 from morph.evaluation import CacheBytes, Speed
@@ -29,7 +30,10 @@ def cache_bytes_planned(
     """Return what a plan says it holds at each length, beside the source's full attention."""
     whole = full_plan(plan.model_type, plan.geometry)
     found = [(n, plan.cache_bytes(n, dtype), whole.cache_bytes(n, dtype)) for n in lengths]
-    return tuple(CacheBytes(tokens=n, bytes=b, ratio=b / full) for n, b, full in found)
+    return tuple(
+        CacheBytes(tokens=n, bytes=b, ratio=b / full, read=surgery.decode_bytes(plan, n, dtype))
+        for n, b, full in found
+    )
 
 
 def speed(

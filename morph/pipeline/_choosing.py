@@ -217,7 +217,9 @@ def _refuse_choice(recipe: Recipe) -> None:
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """Return pattern, mixers and cache bytes of a plan beside its source's, both at 16 bit."""
+    """Return pattern, mixers, and what is kept and read, beside the source's, both at 16 bit."""
+    from morph import surgery
+
     full = planning.full_plan(plan.model_type, plan.geometry)
     return {
         "pattern": plan.pattern,
@@ -231,6 +233,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         "cache_bytes": {
             name: {"source": full.cache_bytes(length), "hybrid": plan.cache_bytes(length)}
             for name, length in LENGTHS.items()
+        },
+        "decode_bytes": {
+            name: {"source": full.cache_bytes(n), "hybrid": surgery.decode_bytes(plan, n)}
+            for name, n in LENGTHS.items()
         },
     }
 

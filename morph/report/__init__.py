@@ -7,6 +7,7 @@ torch. The HTML page holds its pictures and loads nothing. The same inputs give 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def numbers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     for n, entry in enumerate(models[0].cache):
         cells = [m.cache[n] if n < len(m.cache) else None for m in models]
         rows.append([f"cache at {tokens(entry.tokens)}", *[_bytes(c, cells[0]) for c in cells]])
+    rows += _read_rows(models)
     if models[0].held:
         label = f"cache held at {tokens(models[0].held.tokens)}"
         rows.append([label, *[_bytes(m.held, models[0].held) for m in models]])
@@ -220,8 +222,22 @@ def _beside(value: float | None, source: float | None, style: str) -> str:
     return f"{value:{style}} ×{value / source:.2f}"
 
 
+def _read_rows(models: Sequence[ModelResult]) -> list[list[str]]:
+    """Return what a decoded token reads, where a model keeps tokens that it does not read."""
+    rows = []
+    for n, entry in enumerate(models[0].cache):
+        cells = [m.cache[n] if n < len(m.cache) else None for m in models]
+        if all(c is None or c.read is None or c.read >= 0.95 * c.bytes for c in cells):
+            continue
+        first = entry.read or entry.bytes
+        read = [c and c.read and replace(c, bytes=c.read, ratio=c.read / first) for c in cells]
+        told = [_bytes(c, read[0]) for c in read]
+        rows.append([f"read a token at {tokens(entry.tokens)}", *told])
+    return rows
+
+
 def _bytes(entry: Any, source: Any) -> str:
-    if entry is None:
+    if not entry:
         return "-"
     held = size(entry.bytes).replace(" ", "")  # or four models would not fit 80 columns
     return held if entry is source else f"{held} ×{entry.ratio:.{1 if entry.ratio < 0.01 else 2}g}"

@@ -29,7 +29,7 @@ from morph.mixers._hybrid import (
     mixer_module,
 )
 from morph.mixers._packed import Documents
-from morph.plan import CacheCost, Geometry, HeadGroup, LayerPlan, Plan
+from morph.plan import DTYPE_BYTES, CacheCost, Geometry, HeadGroup, LayerPlan, Plan
 
 
 @dataclass(kw_only=True)
@@ -255,6 +255,25 @@ def group_cost(
     options = strict.build(module.Options, group.options, where, PlanError)
     cost = module.Mixer.cache_cost(options, group_shape(group, geometry, layer_idx))
     return strict.plain(options), cost
+
+
+def decode_bytes(plan: Plan, seq_len: int, dtype: str = "bfloat16") -> int:
+    """Return the bytes of generation state that one decoded token reads and writes.
+
+    After `seq_len` tokens of one sequence. Mixers that keep every token may read some of them only.
+    Raises PlanError for mixers and options that do not exist, and for an unknown dtype.
+    """
+    if dtype not in DTYPE_BYTES:
+        raise PlanError(f"dtype {dtype!r} is unknown. There are: {', '.join(DTYPE_BYTES)}.")
+    total = 0
+    for i, layer in enumerate(plan.layers):
+        for group in layer.groups:
+            module = mixer_module(group.mixer)
+            where = f"layer {i}: mixer {group.mixer}"
+            options = strict.build(module.Options, group.options, where, PlanError)
+            shape = group_shape(group, plan.geometry, i)
+            total += module.Mixer.decode_bytes(options, shape, seq_len, DTYPE_BYTES[dtype])
+    return total
 
 
 def mixer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
