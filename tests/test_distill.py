@@ -500,6 +500,35 @@ def test_every_mixer_distils_and_resumes(mixer, tmp_path):
     assert_same(weights(again), weights(student))
 
 
+def test_mixers_are_told_how_far_the_training_is(tmp_path, monkeypatch):
+    """A share before every step, 1 after the last; a run that goes on is told what it would be."""
+    told = []
+    mixer = registry.load("mixers", "decay").Mixer
+    monkeypatch.setattr(mixer, "progress", lambda self, share: told.append(share))
+    teacher = make_teacher()
+    plan = uniform_plan("llama", surgery.geometry_of(teacher), [1, 2], "decay", {}, None)
+
+    def once(out, stop=None):
+        def progress(event):
+            if event.kind == "step" and event.tokens == stop:
+                raise Stop
+
+        told.clear()
+        stages = [stage(), stage(loss="logits")]
+        source = text_batches(TEXT, seed=5)
+        student = modeling.hybrid(teacher, plan)
+        distill(student, teacher, stages, source, out=out, seed=1, progress=progress)
+        return list(told)
+
+    whole = once(tmp_path / "whole")
+    shares = [i / 12 for i in range(6)] + [1.0] + [i / 12 for i in range(6, 12)] + [1.0]
+    assert whole == pytest.approx(shares)
+    with pytest.raises(Stop):
+        once(tmp_path / "again", stop=24 * 8)
+    assert once(tmp_path / "again")[-1] == 1.0
+    assert told[0] == pytest.approx(6 / 12), "saved states are those after steps 4 and 6"
+
+
 # --- stages, log, progress ----------------------------------------------------------------------
 
 

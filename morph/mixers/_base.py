@@ -109,6 +109,11 @@ class MixerBase(nn.Module, ABC):
         layer that comes out farther from the source goes back to its start, but for `settings`.
         """
 
+    @classmethod
+    def calibration_length(cls, options: Any) -> int:
+        """Return how many tokens long the rows should be that `calibrate` is shown."""
+        return 512
+
     def progress(self, share: float) -> None:
         """Be told, before every step of training, which share of all its tokens is done.
 

@@ -39,7 +39,10 @@ def hybrid_of(
     if corpus is None or len(corpus.train) < 2:
         say("mixers keep their plain starts: there is no text to calibrate them on (--data FILE)")
         return made
-    ids = text_ids(corpus, tokens)
+    layers = surgery.hybrid_layers(made).values()
+    wanted = [m.calibration_length(m.options) for layer in layers for m in layer.mixers]
+    context = int(getattr(source.config, "max_position_embeddings", None) or SEQ_LEN)
+    ids = text_ids(corpus, tokens, min(max(wanted), max(context, SEQ_LEN)))
     found = surgery.calibrate(made, source, ids)
     before, after = (sum(getattr(s, n) for s in found.values()) / len(found) for n in _WHEN)
     say(
@@ -60,8 +63,8 @@ def adapts(layer: Any) -> bool:
     return layer.fusion is not None or any(own)
 
 
-def text_ids(corpus: Corpus, tokens: int) -> torch.Tensor:
-    """Return about `tokens` ids of the training text as rows `[B, T]` of at most 512, in order."""
-    length = min(SEQ_LEN, len(corpus.train), tokens)
+def text_ids(corpus: Corpus, tokens: int, longest: int = SEQ_LEN) -> torch.Tensor:
+    """Return about `tokens` ids of the training text as rows `[B, T <= longest]`, in order."""
+    length = min(longest, len(corpus.train), tokens)
     rows = max(1, min(tokens, len(corpus.train)) // length)
     return corpus.train[: rows * length].view(rows, length)
