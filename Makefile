@@ -46,6 +46,7 @@ bench: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/bench_gpu.py
+	$(BIN)/python benchmarks/bench_gpu_sparse.py
 
 install: $(STAMP)
 

@@ -425,6 +425,48 @@ def convert(
 
 
 @app.command()
+def share(
+    hybrid: Annotated[
+        str, typer.Argument(metavar="HYBRID", help="A hybrid with shared_routing layers.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    owners: Annotated[
+        str,
+        typer.Option("--owners", metavar="N", help="Layers that keep an index: 2, 1/4, 25%."),
+    ] = "1/4",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", metavar="MODEL", help="Choose by the KL to this, not by the next token."
+        ),
+    ] = None,
+    data: Texts = None,
+    family: FamilyOption = None,
+    seed: Seed = 0,
+    sets: Sets = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Let layers with shared routing follow the index of another, the least missed first."""
+    from morph import pipeline
+
+    recipe = as_recipe(hybrid, sets, family=family, data=data, seed=seed)
+    with terminal.measuring() as progress:
+        found = pipeline.share_command(
+            recipe,
+            out,
+            owners=owners,
+            teacher=teacher,
+            force=force,
+            say=terminal.say,
+            progress=progress,
+        )
+    following = found.pop("next")
+    terminal.emit(found, as_json, terminal.written)
+    terminal.next_command(following)
+
+
+@app.command()
 def distill(
     hybrid: Annotated[
         str, typer.Argument(metavar="HYBRID", help="A hybrid that `morph convert` wrote.")

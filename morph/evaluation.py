@@ -90,6 +90,36 @@ class CacheBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlocksRead:
+    """How many blocks of keys, of `block` tokens each, the queries of one head group read.
+
+    By bins of positions: `positions` are their middles, `mean`, `low` and `high` the mean and the
+    10 % and 90 % points over queries, rows and KV heads, `causal` what there was to read.
+    `sparsity` is the share of all causal pairs of query and key that were not read.
+    """
+
+    layer: int
+    mixer: str
+    heads: tuple[int, ...]
+    block: int
+    positions: tuple[int, ...]
+    causal: tuple[float, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        bins = len(self.positions)
+        found = [len(getattr(self, name)) for name in ("causal", "mean", "low", "high")]
+        if not bins or set(found) != {bins}:
+            raise DataError(
+                f"blocks read in layer {self.layer}: causal, mean, low and high have {found} "
+                f"numbers for {bins} positions; they need one for each, and one position at least."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """A model against the source on the same questions or the same text.
 
@@ -114,7 +144,10 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """Everything measured on one model; `held` is the cache of a real prefill of `speed` length."""
+    """Everything measured on one model; `held` is the cache of a real prefill of `speed` length.
+
+    `blocks` has an entry for every head group whose mixer chooses what its queries read.
+    """
 
     name: str
     pattern: str | None = None
@@ -123,6 +156,7 @@ class ModelResult:
     cache: tuple[CacheBytes, ...] = ()
     held: CacheBytes | None = None
     speed: Speed | None = None
+    blocks: tuple[BlocksRead, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,17 @@ from morph import cli, registry
 HERE = Path(__file__).resolve().parent
 COMMANDS = (
     *("list", "show", "env", "inspect", "check", "score", "plan", "compare", "align"),
-    *("convert", "distill", "evaluate", "diff", "restore", "verify", "convert-pickle", "run"),
+    *(
+        "convert",
+        "share",
+        "distill",
+        "evaluate",
+        "diff",
+        "restore",
+        "verify",
+        "convert-pickle",
+        "run",
+    ),
 )
 # Every flag there is. A new one needs a reason: could it be a value for --set instead?
 FLAGS = {
@@ -41,6 +51,7 @@ FLAGS = {
     "align": "mixer data tokens family seed dtype set force json",
     "convert": "plan aligned selector budget mixer granularity keep replace data target with-code"
     " no-swaps family seed dtype set force dry-run json",
+    "share": "owners teacher data family seed set force json",
     "distill": "teacher out data stages target seed set force dry-run json",
     "evaluate": "against data out seed set force json",
     "diff": "tensors out force json",

@@ -359,6 +359,10 @@ def test_parameter_names_are_those_of_written_checkpoints() -> None:
     assert {n: parameter_names(n) for n in registry.names("mixers")} == {
         "full": set(),
         "sliding": {"sinks"},
+        "bigbird": set(),
+        "block_topk": {
+            f"{gate}_{kind}" for gate in ("select", "compress") for kind in ("weight", "bias")
+        },
         "nope": {"z_weight", "z_bias"},
         "decay": {"g", "gate_weight", "norm_weight", "q_weight", "k_weight"},
         "gated_delta": conv | delta | {"a_weight", "z_weight"},
@@ -366,7 +370,9 @@ def test_parameter_names_are_those_of_written_checkpoints() -> None:
         "gla": {"f_down", "f_up", "f_bias", "z_weight", "norm_weight"},
         "mamba2": mamba2,
         "hedgehog": {"q_map", "k_map", "mix"},
+        "dash": {"summary_query", "gamma"},
         "hola": delta | {"a_weight", "mix_state", "mix_cache", "sinks"},
+        "shared_routing": {"q_weight", "k_weight"},
         "parallel": {"gain_full", "gain_branch"} | {f"branch.{n}" for n in mamba2},
     }
 

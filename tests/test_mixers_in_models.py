@@ -17,7 +17,7 @@ from morph.testing import assert_close, tiny_model
 
 GENERATE = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "min_new_tokens": 10}
 # Settings small enough to bind within 40 tokens, where the defaults would not
-SMALL = {"window": 6, "conv": 3, "cache": 6, "block": 5}
+SMALL = {"window": 6, "conv": 3, "cache": 6, "block": 5, "k": 6, "compressed": True}
 
 
 def options_of(mixer: str) -> dict[str, object]:

@@ -26,6 +26,7 @@ from morph.evaluate._cost import (
     speeds,
 )
 from morph.evaluate._quality import perplexity, recall
+from morph.evaluate._sparsity import blocks_read, text_rows
 from morph.evaluation import (
     CacheBytes,
     Evaluation,
@@ -41,6 +42,7 @@ from morph.recipes.schema import Evaluate
 __all__ = [
     "CACHE_LENGTHS",
     "TASKS",
+    "blocks_read",
     "build_examples",
     "cache_bytes_held",
     "cache_bytes_planned",
@@ -50,6 +52,7 @@ __all__ = [
     "speed",
     "speeds",
     "summarise",
+    "text_rows",
 ]
 
 TASKS = (*NEEDLE_TASKS, "name_recall")
@@ -201,7 +204,9 @@ def _all_but_speed(
             batch_size=batch_size,
             bos=tokenizer.bos_token_id,
         )
+    rows = text_rows(text_ids, max(settings.seq_len, longest), tokenizer.bos_token_id)
     return hits, {
+        "blocks": () if rows is None else blocks_read(model, rows),
         "recall": summarise(hits, depths=_depths(settings.depths)),
         "perplexity": loss,
         "held": cache_bytes_held(model, settings.speed_length, seed),

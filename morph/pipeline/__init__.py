@@ -34,6 +34,7 @@ _HOMES = {
     "run": "_stages",
     "score_command": "_choosing",
     "score_estimate": "_stages",
+    "share_command": "_owners",
     "verify_command": "_verify_files",
     "was_aligned": "_stages",
     "was_distilled": "_stages",

@@ -18,6 +18,7 @@ from morph import strict
 from morph.errors import escape
 from morph.evaluation import Difference, Evaluation, ModelResult, Row
 from morph.plan import Plan, Scores, full_plan
+from morph.report._blocks_read import blocks_picture, read_blocks
 from morph.report._compare import comparison_report, comparison_table, regret_table
 from morph.report._diff import difference_picture
 from morph.report._pages import (
@@ -53,6 +54,7 @@ from morph.report._training import training_picture
 
 __all__ = [
     "agreement_picture",
+    "blocks_picture",
     "budget_picture",
     "cache_picture",
     "comparison_report",
@@ -152,6 +154,7 @@ def report(
     blocks = _done_blocks(facts, scores, plan)
     if evaluation:
         blocks += [Heading(text="What it kept"), *_evaluation_blocks(evaluation)]
+        blocks += read_blocks(evaluation)
     known = strict.plain(provenance or {})
     blocks += _training_blocks(training)
     blocks += _cost_blocks(scores, known)
@@ -388,6 +391,10 @@ def _pictures(
         found.append(("recall.png", alt, recall_picture(evaluation)))
         alt = "Recall by depth of the answer, with 95 % intervals"
         found.append(("depth.png", alt, depth_picture(evaluation)))
+    read = blocks_picture(evaluation) if evaluation else None
+    if read is not None:
+        alt = "Blocks that a query reads against its position, one panel per layer"
+        found.append(("blocks.png", alt, read))
     if plan and _cache_share(plan, plan):
         plans = {"source": full_plan(plan.model_type, plan.geometry), "hybrid": plan}
         alt = "Cache bytes of one sequence against its length"

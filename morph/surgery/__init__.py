@@ -21,6 +21,7 @@ from morph.surgery._graft import (
 from morph.surgery._memo import Memo
 from morph.surgery._modes import CHEAP, FULL, Fixed, Mode, Nudge, Patched, Soft
 from morph.surgery._morphable import Batch, Morphable, Run, mixer_state, morphable
+from morph.surgery._owners import Drop, Owners, choose_owners, follow, sharing, with_owners
 from morph.surgery._streaming import StreamedLayers, refuse_streaming
 from morph.surgery._trace import (
     Trace,
@@ -35,12 +36,14 @@ __all__ = [
     "CHEAP",
     "FULL",
     "Batch",
+    "Drop",
     "Fixed",
     "Graft",
     "Memo",
     "Mode",
     "Morphable",
     "Nudge",
+    "Owners",
     "Patched",
     "Run",
     "Soft",
@@ -53,9 +56,11 @@ __all__ = [
     "attention_of",
     "base_of",
     "calibrate",
+    "choose_owners",
     "context",
     "decode_bytes",
     "family_of",
+    "follow",
     "geometry_of",
     "graft",
     "group_cost",
@@ -70,5 +75,7 @@ __all__ = [
     "predicting",
     "refuse_streaming",
     "resolve_costs",
+    "sharing",
     "together",
+    "with_owners",
 ]
