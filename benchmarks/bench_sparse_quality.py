@@ -71,7 +71,7 @@ def blocks_for(sparsity: float) -> int:
 def bigbird(sparsity: float) -> dict[str, Any]:
     """The first block, and windows and random blocks alike, as many as the paper has."""
     rest = blocks_for(sparsity) - 1
-    return {"block": BLOCK, "initial": 1, "window": rest - rest // 2, "random": rest // 2}
+    return {"block": BLOCK, "initial": 1, "local": rest - rest // 2, "random": rest // 2}
 
 
 def block_topk(sparsity: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from morph.mixers._base import GroupShape, Inputs
 from morph.testing import assert_close, exactly
 
 B, H, G, K, V, D = 2, 4, 2, 6, 5, 12
-SMALL = bigbird.Options(block=4, window=2, initial=1, random=2)
+SMALL = bigbird.Options(block=4, local=2, initial=1, random=2)
 
 
 def make(options: bigbird.Options = SMALL, **changes: Any) -> bigbird.Mixer:
@@ -47,7 +47,7 @@ def lists(count: int, options: bigbird.Options, layer: int = 1, heads: Any = (0,
     """The block lists of every query block and head, as lists of what is there."""
     made = _random_blocks.block_lists(
         range(count),
-        window=options.window,
+        window=options.local,
         initial=options.initial,
         random=options.random,
         seed=options.seed,
@@ -121,7 +121,7 @@ GOLDEN = {
 @pytest.mark.parametrize("seed", (0, 1, 2**32 - 1))
 def test_the_draws_are_those_of_whole_numbers(seed: int) -> None:
     for count in (1, 3, 9):
-        options = bigbird.Options(window=2, initial=2, random=count, seed=seed)
+        options = bigbird.Options(local=2, initial=2, random=count, seed=seed)
         made = lists(40, options, 7, (0, 3, 31))
         for block in range(count + 4, 40):
             for row, head in zip(made[block], (0, 3, 31), strict=True):
@@ -133,7 +133,7 @@ def test_the_draws_are_those_of_whole_numbers(seed: int) -> None:
 @pytest.mark.parametrize("initial", (0, 2))
 @pytest.mark.parametrize("window", (1, 3, 90))
 def test_lists_are_past_blocks_once_each(window: int, initial: int, random: int) -> None:
-    options = bigbird.Options(window=window, initial=initial, random=random)
+    options = bigbird.Options(local=window, initial=initial, random=random)
     for block, rows in enumerate(lists(60, options)):
         for row in rows:
             assert row == sorted(set(row)) and row[-1] == block
@@ -260,7 +260,7 @@ def test_blocks_that_are_not_listed_are_not_read() -> None:
 @pytest.mark.parametrize("tokens", (1, 4, 5, 20))
 def test_a_text_of_no_more_blocks_than_a_list_is_read_whole(tokens: int) -> None:
     mixer, x = make(), inputs(tokens)
-    everything = make(dataclasses.replace(SMALL, window=1000))
+    everything = make(dataclasses.replace(SMALL, local=1000))
     exactly("o", everything(x), mixer(x))
     assert mixer.exact_prefix(mixer.options) == 20
     assert not torch.equal(everything(inputs(24)), mixer(inputs(24)))
@@ -292,7 +292,7 @@ def test_gradients_come_with_lists_made_without() -> None:
     (
         ({"block": 0}, "block is 0; give 1 to 65536 tokens, usually 64"),
         ({"block": 2**40}, "block is 1099511627776; give 1 to 65536"),
-        ({"window": 0}, "window is 0; it counts the query's own block"),
+        ({"local": 0}, "local is 0; it counts the query's own block"),
         ({"initial": -1}, "initial is -1; give 0"),
         ({"random": -2}, "random is -2; give 0"),
         ({"seed": -1}, "seed is -1; give a whole number from 0 to 4294967295"),
@@ -307,7 +307,7 @@ def test_options_say_what_is_allowed(bad: dict[str, Any], said: str) -> None:
 
 def test_options_of_any_size_cost_nothing() -> None:
     """A plan may ask for anything: lists are never longer than the text has blocks."""
-    huge = bigbird.Options(block=4, window=10**12, initial=10**12, random=10**12)
+    huge = bigbird.Options(block=4, local=10**12, initial=10**12, random=10**12)
     x = inputs(40)
     everything = make(dataclasses.replace(SMALL, random=10**9))
     exactly("o", everything(x), make(huge)(x))

@@ -21,9 +21,9 @@ CASES = {
     "from-the-start": (19, 0, 3, 4, 2, 8, 6),
     "no-block": (7, 0, 8, 2, 1, 5, 1),
     "one-block": (12, 0, 8, 2, 1, 5, 1),
-    "carried": (5, 201, 8, 6, 2, 60, 31),
+    "carried": (5, 201, 8, 6, 2, 40, 31),
     "rows-apart": (9, (3, 77), 3, 3, 1, 16, 40),
-    "no-groups": (6, 90, 5, 3, 3, 128, 19),
+    "no-groups": (6, 90, 5, 2, 2, 128, 19),
     "tiles": (11, 60, 2, 8, 1, 8, 40),
     "decoded": (1, 333, 4, 8, 2, 24, 100),
     "decoded-apart": (1, (0, 130), 2, 5, 1, 16, 70),
@@ -128,8 +128,11 @@ def check_entmax(
     return count.cpu()
 
 
-@each_case
-@pytest.mark.parametrize("alpha", (1.5, 1.25, 2.0))
+@pytest.mark.parametrize(
+    ("case", "alpha"),
+    [*((case, 1.5) for case in CASES), *(("carried", 1.25), ("decoded", 1.25))]
+    + [("from-the-start", 2.0), ("decoded-apart", 2.0), ("no-groups", 1.75)],
+)
 def test_entmax_is_that_of_float64(case: str, alpha: float) -> None:
     q, s, at, block = inputs_of(case)
     gamma = torch.linspace(0.5, 3.0, q.shape[2], device=DEVICE)
@@ -257,8 +260,7 @@ def test_places_for_forced_blocks_for_none_and_for_all(rest: tuple[int, int, int
 @pytest.mark.parametrize("score", ("group_softmax", "group_sum", "head"))
 def test_equal_scores_go_to_the_earlier_block(score: str) -> None:
     q, s, at, block = inputs_of("carried")
-    s = s[:, torch.arange(s.shape[1]) % 3].contiguous()  # every third block is the same
-    check_topk(q, s, at, block, 9, 1, 1, score)
+    q, s = q[:1, :2, :, :16], s[:1, torch.arange(s.shape[1]) % 3, :, :16]  # every third is the same
     check_topk(q, s, at, block, 12, 0, 2, score)
     q, zero = torch.zeros_like(q), -torch.zeros_like(s)
     zero[:, ::2] = 0.0  # both zeros are one
@@ -272,7 +274,7 @@ def test_near_scores_and_large_ones_are_told_apart() -> None:
     far = torch.tensor([-3e38, -1e-38, 1e-38, 3e38]).repeat(5)
     values = torch.cat([near, far, -near])
     values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(5))]
-    for k in (4, 7, 40, 70, 100, 140):
+    for k in (7, 40, 100):
         index = routing.topk_route(
             q, values.view(1, -1, 1, 1).to(DEVICE), scale=1.0, at=len(values), block_size=1,
             k=k, initial=0, local=0, score="head",
@@ -284,6 +286,8 @@ def test_near_scores_and_large_ones_are_told_apart() -> None:
 @pytest.mark.parametrize("case", ("carried", "decoded"))
 def test_two_runs_are_equal_and_nothing_reads_unwritten_memory(case: str) -> None:
     q, s, at, block = inputs_of(case)
+    q, s, at = q[:, -3:], s[..., :16], at + q.shape[1] - 3 if q.shape[1] > 3 else at
+    q = q[..., :16].contiguous()
 
     def run() -> list[torch.Tensor]:
         gamma = torch.ones(q.shape[2], device=DEVICE)
@@ -304,7 +308,7 @@ def test_a_row_routes_alone_as_in_its_batch_and_strides_do_not_matter() -> None:
     q, s, at, block = inputs_of("carried")
     options = {"k": 6, "initial": 1, "local": 1, "scale": 0.2, "at": at, "block_size": block}
     whole = routing.topk_route(q, s, **options)
-    for t in range(q.shape[1]):  # one token: its scores are kept, not computed again
+    for t in (0, 4):  # one token: its scores are kept, not computed again
         one = routing.topk_route(q[:, t : t + 1], s, **{**options, "at": at + t})
         exactly("a token", whole[:, t : t + 1], one)
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)

@@ -33,11 +33,11 @@ def blocks_read(model: Model, ids: torch.Tensor) -> tuple[BlocksRead, ...]:
     of blocks of `options.block` tokens, the query's own included, and only in layers that do not
     slide in the source: elsewhere a window bounds what there is to read.
     """
-    asked = [
+    asked: list[tuple[int, Any]] = [
         (i, mixer)
         for i, layer in hybrid_layers(model).items()
         for mixer in layer.mixers
-        if hasattr(mixer, "blocks_read") and mixer.shape.window is None
+        if hasattr(mixer, "blocks_read") and mixer.shape.window is None  # type: ignore[union-attr]
     ]
     if not asked:
         return ()

@@ -4,9 +4,8 @@ Many queries: a tile of queries walks over spans of keys, and the queries of the
 span meet it in one matrix product, however scattered they are; lists are inverted per tile, so
 nothing of the size of all pairs exists. Small blocks share a span, in which what is not listed is
 hidden. Sums are kept against a fixed reference score per query, moved only where a score exceeds
-it by far, so that a span adds to a query's sum and never rescales it. The backward pass makes the
-weights again from the saved log of the sums. Few queries: the listed keys are gathered and nothing
-else of the cache is read.
+it by far, so that a span adds to a query's sum and seldom rescales it. The backward pass makes the
+weights again from the saved log of the sums. Few queries go to `_gathered_few`.
 """
 
 from __future__ import annotations
@@ -18,31 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from morph.kernels._gathered_few import Ask, few
+
 # Elements of a tile's queries and scores: larger tiles take fewer steps, smaller ones less memory
 _CPU_ELEMENTS = 1 << 19
 _GPU_ELEMENTS = 1 << 24
 # Entries of a tile's inverted lists
 _ENTRIES = 1 << 21
-# Blocks smaller than this share a span of keys
-_SPAN = 64
 # How far a score may be from its reference: exp(60) times 1e8 keys does not overflow float32
 _SLACK = 60.0
 # A span's own cost, in elements that could have been gathered instead
 _SPAN_COST = 1 << 16
-
-
-class Ask(NamedTuple):
-    """The options of one call; `at` has the position of the first query of every row."""
-
-    block_size: int
-    at: list[int]
-    scale: float
-    softcap: float | None
-
-    def spans(self, size: int) -> tuple[int, int, int]:
-        """Return blocks in a span, blocks and spans of `size` keys."""
-        merged, blocks = max(1, _SPAN // self.block_size), -(-size // self.block_size)
-        return merged, blocks, -(-blocks // merged)
 
 
 class _Unit(NamedTuple):
@@ -100,7 +85,7 @@ def gathered(
     each = index.shape[3] * block_size * (size + v.shape[3])
     each *= k.shape[2] if lists == 1 else lists
     if not learns and tokens * (each + _SPAN_COST) <= _SPAN_COST * lists * ask.spans(k.shape[1])[2]:
-        return _few(q, k, v, index, bias, ask)
+        return few(q, k, v, index, bias, ask)
     return _Gathered.apply(q, k, v, index, bias, ask)
 
 
@@ -413,62 +398,3 @@ def _add(
         out = p.new_empty(len(rows), acc.shape[1])
         torch.bmm(p, x, out=out.view(len(rows), unit.groups, -1).transpose(0, 1))
     acc.index_add_(0, rows, out)
-
-
-def _few(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    index: torch.Tensor,
-    bias: torch.Tensor | None,
-    ask: Ask,
-) -> torch.Tensor:
-    """Return the outputs of a few queries from the gathered keys of their lists."""
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (batch, tokens, heads, _), (size, groups), lists = q.shape, k.shape[1:3], index.shape[2]
-    o = q.new_zeros(batch, tokens, heads, v.shape[3])
-    inside = torch.arange(ask.block_size, device=q.device)
-    blocks = -(-size // ask.block_size)
-    # lists per KV head, or per query head: the head whose keys a list speaks of
-    group = torch.arange(lists, device=q.device)[:, None] * groups // lists
-    for row in range(batch):
-        keys, values = (x[row].reshape(size * groups, -1) for x in (k, v))
-        if lists == 1:
-            keys, values = keys.view(size, -1), values.view(size, -1)
-        for token in range(tokens):
-            at = ask.at[row] + token
-            listed = index[min(row, len(index) - 1), token].long()  # [J, N]
-            live = (listed >= 0) & (listed < blocks) & (listed * ask.block_size <= at)
-            extra = None if bias is None else bias[min(row, len(bias) - 1), token].to(work)
-            if extra is not None:
-                live = live & ~torch.isneginf(extra)
-            some = live.any(dim=0)
-            if not bool(some.all()):  # columns that hold nothing for any list are not read
-                listed, live = listed[:, some], live[:, some]
-                extra = None if extra is None else extra[:, some]
-            if not listed.shape[1]:
-                continue
-            at_key = (listed[..., None] * ask.block_size + inside).flatten(1)  # [J, L]
-            hidden = (at_key > at) | ~live.repeat_interleave(ask.block_size, dim=1)
-            near_by = listed.masked_fill(~live, -1).amax(dim=1, keepdim=True).clamp_(min=0)
-            at_key = torch.where(hidden, near_by * ask.block_size, at_key)
-            flat = (at_key if lists == 1 else at_key * groups + group).flatten()
-            near = keys.index_select(0, flat).to(work).view(lists, at_key.shape[1], -1, q.shape[3])
-            mine = q[row, token].to(work)
-            if lists == 1:
-                near, mine = near[0].transpose(0, 1), mine.unflatten(0, (groups, -1))
-            else:
-                near, mine = near[:, :, 0], mine.unflatten(0, (lists, -1))
-            s = torch.bmm(mine * ask.scale, near.mT)  # [G or J, ratio, L]
-            if ask.softcap is not None:
-                s = s.div_(ask.softcap).tanh_().mul_(ask.softcap)
-            if extra is not None:
-                s.add_(extra.masked_fill(~live, 0.0).repeat_interleave(ask.block_size, 1)[:, None])
-            p = torch.softmax(s.masked_fill_(hidden[:, None], -math.inf), dim=-1)
-            if lists > 1:  # a list of nothing beside one of something
-                p = p.masked_fill_(~live.any(dim=1)[:, None, None], 0.0)
-            near = values.index_select(0, flat).to(work)
-            near = near.view(lists, at_key.shape[1], -1, v.shape[3])
-            near = near[0].transpose(0, 1) if lists == 1 else near[:, :, 0]
-            o[row, token] = torch.bmm(p, near).flatten(0, 1).to(o.dtype)
-    return o

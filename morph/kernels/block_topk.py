@@ -298,7 +298,7 @@ def example(
 
     No query's choice is so near that rounding decides.
     """
-    shapes = {"q": (B, T, H, K), "k": (B, T, G, K), "v": (B, T, G, V)}
+    shapes: dict[str, tuple[int, ...]] = {"q": (B, T, H, K), "k": (B, T, G, K), "v": (B, T, G, V)}
     if compress:
         shapes |= {"select_gate": (B, T, H), "compress_gate": (B, T, H)}
     wide = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}

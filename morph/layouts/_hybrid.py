@@ -37,10 +37,16 @@ def plan_of(config: Mapping[str, Any]) -> Plan:
 
 def kind_of(group: HeadGroup, window: int | None) -> str:
     """Return what a group of heads attends with; `window` is that of the source's layer."""
-    if group.mixer in OVER_ALL:
+    if group.mixer in OVER_ALL or _keeps_all(group):
         own = group.options.get("window") if group.mixer == "parallel" else None
         return "sliding" if window is not None or own else "full"
     return "sliding" if group.mixer == "sliding" else "linear"
+
+
+def _keeps_all(group: HeadGroup) -> bool:
+    """Return whether a mixer keeps every token and no state: softmax over a part that it chooses."""
+    cost = group.cache
+    return cost is not None and cost.tokens is None and not cost.state_bytes(1, 1)
 
 
 def kinds(plan: Plan) -> tuple[str, ...]:
@@ -73,4 +79,5 @@ def _mixture(layer: LayerPlan, shape: Geometry, window: int | None) -> Mixture:
 
 def turns(layer: LayerPlan) -> bool:
     """Return whether any softmax head of a layer rotates its q and k."""
-    return any(g.mixer in (*OVER_ALL, "sliding") and g.mixer != "nope" for g in layer.groups)
+    softmax = (g for g in layer.groups if g.mixer in (*OVER_ALL, "sliding") or _keeps_all(g))
+    return any(g.mixer != "nope" for g in softmax)

@@ -1,15 +1,15 @@
 """A causal window, the first blocks and random past blocks, fixed by a seed (BigBird).
 
-What it does: tokens are counted in blocks of `block`. Every query sees the `window` blocks up to
+What it does: tokens are counted in blocks of `block`. Every query sees the `local` blocks up to
 its own (that included, up to itself), the `initial` first blocks and `random` blocks in between,
 all by the source's own softmax. Which blocks are random depends on nothing but the `seed`, the
 layer, the head and the query's block: it is the same in training, prefill and decoding, on every
 device and for ever, and the seed stands in the checkpoint's plan.
 Why it works: nearby tokens and the first ones carry most weight, and over some layers random
 blocks connect everything with everything.
-Cost: all keys and values are kept, `window` + `initial` + `random` blocks of them are read for a
+Cost: all keys and values are kept, `local` + `initial` + `random` blocks of them are read for a
 token; time linear in the length.
-Options: block 64 tokens, window 3 blocks, initial 1 block, random 3 blocks, seed 0; per `kv_head`
+Options: block 64 tokens, local 3 blocks, initial 1 block, random 3 blocks, seed 0; per `kv_head`
 draws for every KV head, `layer` once for all of a layer. Both read the same bytes, and `kv_head`
 reaches more of the past; query heads that share a KV head always share its blocks, since a draw for
 each would read up to as many times the bytes as heads share one.
@@ -37,7 +37,7 @@ from morph.mixers._random_blocks import block_lists
 from morph.mixers._softmax import attend
 from morph.plan import CacheCost
 
-SEES = "(window + initial + random) * block"
+SEES = "(local + initial + random) * block"
 LINEAR = False
 _MOST_BLOCK = 65536  # tokens: room for whole blocks is made from the first token on
 _MOST_SEED = 2**32 - 1
@@ -47,10 +47,10 @@ _KEPT = 2**20  # numbers in the lists that are kept from call to call
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`block` tokens in a block; `window`, `initial` and `random` count blocks; as told above."""
+    """`block` tokens in a block; `local`, `initial` and `random` count blocks; as told above."""
 
     block: int = 64
-    window: int = 3
+    local: int = 3
     initial: int = 1
     random: int = 3
     seed: int = 0
@@ -61,9 +61,9 @@ class Options:
             raise RecipeError(
                 f"mixer bigbird: block is {self.block}; give 1 to {_MOST_BLOCK} tokens, usually 64."
             )
-        if self.window < 1:
+        if self.local < 1:
             raise RecipeError(
-                f"mixer bigbird: window is {self.window}; it counts the query's own block, so give "
+                f"mixer bigbird: local is {self.local}; it counts the query's own block, so give "
                 "1 block or more. The default is 3."
             )
         for name, usual in (("initial", 1), ("random", 3)):
@@ -158,7 +158,7 @@ class Mixer(MixerBase):
         with torch.inference_mode(False):  # what is kept may meet gradients later
             return block_lists(
                 blocks,
-                window=options.window,
+                window=options.local,
                 initial=options.initial,
                 random=options.random,
                 seed=options.seed,
@@ -180,7 +180,7 @@ class Mixer(MixerBase):
         if shape.window is not None:
             return super().decode_bytes(options, shape, seq_len, itemsize)
         before, own = divmod(max(seq_len, 1) - 1, options.block)
-        listed = min(before, options.window - 1 + options.initial + options.random)
+        listed = min(before, options.local - 1 + options.initial + options.random)
         tokens = listed * options.block + own + 1
         entry = (shape.head_dim + shape.v_head_dim) * itemsize
         return tokens * entry * shape.num_key_value_heads
@@ -193,7 +193,7 @@ class Mixer(MixerBase):
     @classmethod
     def exact_prefix(cls, options: Options) -> int:
         """The blocks that are no more than a list holds."""
-        return (options.window + options.initial + options.random) * options.block
+        return (options.local + options.initial + options.random) * options.block
 
 
 def _covers(held: range, wanted: range) -> bool:

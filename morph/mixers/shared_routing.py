@@ -282,6 +282,11 @@ class Mixer(MixerBase):
         self.q_weight.mul_(math.sqrt(factor))
         self.k_weight.mul_(math.sqrt(factor))
 
+    @classmethod
+    def calibration_length(cls, options: Options) -> int:
+        """Twice as many tokens as are read, up to 4096: of fewer there is nothing to choose."""
+        return max(512, min(2 * options.k, 4096))
+
     def _losses(self, inputs: Inputs) -> torch.Tensor:
         """Return the indexer's loss for this layer under every factor of the grid, float64."""
         batch, tokens = inputs.q.shape[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -314,10 +315,17 @@ def _legend(plan: Plan) -> str:
 
 
 def probe_ids(source: Source, plan: Plan) -> np.ndarray:
-    """Return the token ids `[1, T]` that verification runs: long enough to leave every window."""
+    """Return the token ids `[1, T]` that verification runs: long enough to leave every window.
+
+    And what a mixer that reads a part of the past reads as the source does.
+    """
     import numpy as np
 
-    windows = [g.cache.tokens for x in plan.layers for g in x.groups if g.cache and g.cache.tokens]
+    from morph.surgery import exact_prefix
+
+    groups = [g for x in plan.layers for g in x.groups if g.mixer != "full"]
+    windows = [g.cache.tokens for g in groups if g.cache and g.cache.tokens]
+    windows += [n for n in map(exact_prefix, groups) if n < sys.maxsize]
     config = {**source.family.defaults, **source.checkpoint.config}
     limit = int(config.get("max_position_embeddings") or 2048)
     length = max(16, min(max([48, *(2 * w for w in windows)]), limit, 4096))

@@ -75,7 +75,10 @@ def _panel(axes: Any, entry: BlocksRead, colour: str) -> None:
     whole = x[-1] + x[0]  # the bins are of one size, and these are middles
     step = 2 ** math.ceil(math.log2(max(1, whole / 3)))
     axes.set_xticks(range(0, whole + 1, step), [tokens(n) for n in range(0, whole + 1, step)])
-    axes.set(xlim=(0, max(1, whole)), ylim=(0, None))
+    axes.set(xlim=(0, max(1, whole)))
+    axes.set_yscale("log", base=2)  # or a few blocks of very many are a line at the bottom
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
     axes.set_title(
         f"layer {entry.layer}: {entry.sparsity:.0%} not read", fontsize=9, fontweight="normal"
     )

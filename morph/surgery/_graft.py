@@ -257,6 +257,13 @@ def group_cost(
     return strict.plain(options), cost
 
 
+def exact_prefix(group: HeadGroup) -> int:
+    """Return how many leading tokens a group's mixer computes as the source does."""
+    module = mixer_module(group.mixer)
+    options = strict.build(module.Options, group.options, f"mixer {group.mixer}", PlanError)
+    return module.Mixer.exact_prefix(options)
+
+
 def decode_bytes(plan: Plan, seq_len: int, dtype: str = "bfloat16") -> int:
     """Return the bytes of generation state that one decoded token reads and writes.
 
