@@ -462,6 +462,9 @@ def test_bfloat16_steps_through_float32_copies(tmp_path):
 MIXERS = [name for name in registry.names("mixers") if name != "full"]
 # Windows smaller than the 12 tokens of a row: else these are the source itself
 SMALLER = {m: {"window": 4} for m in ("sliding", "hedgehog")}
+SMALLER |= {"dash": {"block": 2, "gamma": 8.0}, "shared_routing": {"k": 3}}
+SMALLER |= {"block_topk": {"block": 2, "k": 2, "initial": 0, "local": 1}}
+SMALLER |= {"bigbird": {"block": 2, "local": 1, "initial": 0, "random": 1}}
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -291,28 +291,42 @@ def _spans(
     start, width = ask.at[unit.row] + tile.start, merged * ask.block_size
     size = min(size, start + tile.stop - tile.start)  # keys after the last query are never seen
     _, blocks, spans = ask.spans(size)
-    listed = index[min(unit.row, len(index) - 1), tile, unit.list].long()  # [n, N]
+    listed = index[min(unit.row, len(index) - 1), tile, unit.list].to(
+        torch.int64, copy=True
+    )  # [n, N]
     position = torch.arange(len(listed), device=index.device)[:, None] + start
     live = (listed >= 0) & (listed < blocks) & (listed * ask.block_size <= position)
     if added is not None:
         live = live & ~torch.isneginf(added)
-    slot = torch.full((len(listed), spans * merged + 1), -1, dtype=torch.int32, device=index.device)
-    place = torch.arange(listed.shape[1], dtype=torch.int32, device=index.device)
-    # what is not listed goes to a column after the last
-    slot.scatter_(1, listed.masked_fill(~live, spans * merged), place.expand(listed.shape))
-    slot = slot[:, :-1].unflatten(1, (spans, merged))
-    if int((slot >= 0).sum()) != int(live.sum()):
+    # what is not listed goes to a row after the last; queries of a block lie together
+    place = listed.masked_fill_(~live, spans * merged)
+    row = torch.arange(len(listed), device=index.device)[:, None]
+    places = (place * len(listed) + row).flatten()
+    member = torch.zeros(
+        (spans * merged + 1) * len(listed), dtype=torch.bool, device=index.device
+    ).index_fill_(0, places, True)
+    member = member.view(-1, len(listed))[:-1]
+    slot = None
+    if merged > 1 or added is not None:
+        slot = member.new_full((member.shape[0] + 1, len(listed)), -1, dtype=torch.int32)
+        order = torch.arange(listed.shape[1], dtype=torch.int32, device=index.device)
+        slot.view(-1).scatter_(0, places, order.expand(listed.shape).flatten())
+        slot = slot[:-1].view(spans, merged, -1)
+    counted = member.sum(dim=1)
+    if int(counted.sum()) != int(live.sum()):
         raise ValueError(
             f"a query among the tokens {tile.start} to {tile.stop - 1} of row {unit.row} lists a "
             f"block twice (list {unit.list}); list every block once, and -1 for nothing."
         )
-    pairs = (slot >= 0).any(dim=-1).t().nonzero()
-    counts = pairs[:, 0].bincount(minlength=spans).tolist()
+    if merged > 1:
+        member = member.view(spans, merged, -1).any(dim=1)
+        counted = member.sum(dim=1)
+    pairs, counts = member.flatten().nonzero().view(-1) % len(listed), counted.tolist()
     stop = len(pairs)
     for one in reversed(range(spans)):
         if not counts[one]:
             continue
-        rows = pairs[stop - counts[one] : stop, 1]
+        rows = pairs[stop - counts[one] : stop]
         stop -= counts[one]
         own = slice(one * width, min((one + 1) * width, size))
         cut, early = None, 0
@@ -321,7 +335,7 @@ def _spans(
         if early:
             key = torch.arange(own.start, own.stop, device=index.device)
             cut = (key > rows[:early, None] + start)[:, None]
-        slots = None if merged == 1 and added is None else slot[rows, one]
+        slots = None if slot is None else slot[one].index_select(1, rows).t()
         yield _Span(rows, own, early, cut, slots)
 
 

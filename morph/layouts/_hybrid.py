@@ -44,7 +44,7 @@ def kind_of(group: HeadGroup, window: int | None) -> str:
 
 
 def _keeps_all(group: HeadGroup) -> bool:
-    """Return whether a mixer keeps every token and no state: softmax over a part that it chooses."""
+    """Return whether a mixer keeps every token and no state: softmax over what it chooses."""
     cost = group.cache
     return cost is not None and cost.tokens is None and not cost.state_bytes(1, 1)
 
