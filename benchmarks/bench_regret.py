@@ -3,11 +3,11 @@
     python benchmarks/bench_regret.py --jobs 2 --out regret/ [--models checkpoint llama two_hop]
     python benchmarks/bench_regret.py --table regret/*.json
 
-Model x mixer (sliding and decay; others with --mixers) x granularity x seed of the examples; budgets 1/8, 1/4 and 1/2. For
-layers the best set is found by trying all of them, for KV heads it is the best that anybody found.
-Each comparison runs on one thread in a process of its own and is kept as JSON, so that a second
-run does only what is missing. No speed is printed: costs are passes over the examples, and CPU
-seconds beside them.
+Model x mixer (sliding and decay; others with --mixers) x granularity x seed of the examples;
+budgets 1/8, 1/4 and 1/2. For layers the best set is found by trying all of them, for KV heads it is
+the best that anybody found. Each comparison runs on one thread in a process of its own and is kept
+as JSON, so that a second run does only what is missing. No speed is printed: costs are passes over
+the examples, and CPU seconds beside them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a mixer's file states of how far it sees: read without importing it, true for all of them."""
+"""What a mixer's file states of how far it sees: read without importing it, true for all."""
 
 from __future__ import annotations
 

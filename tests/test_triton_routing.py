@@ -29,7 +29,6 @@ CASES = {
     "decoded-apart": (1, (0, 130), 2, 5, 1, 16, 70),
 }
 SMALL = ("no-block", "one-block", "no-groups")
-each_case = pytest.mark.parametrize("case", list(CASES))
 
 
 def inputs_of(case: str) -> tuple[torch.Tensor, torch.Tensor, Any, int]:
@@ -42,11 +41,11 @@ def inputs_of(case: str) -> tuple[torch.Tensor, torch.Tensor, Any, int]:
 
 
 @pytest.fixture(autouse=True)
-def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wider pieces for the interpreter, whose steps take the same time whatever their size."""
-    if DEVICE == "cpu" and True:
+    if DEVICE == "cpu":
         for kind in ("entmax", "topk"):
-            pieces = dict.fromkeys((64, 128, 256), (16, 32, 4, 1))
+            pieces = dict.fromkeys((64, 128, 256), (32, 32, 4, 1))
             monkeypatch.setitem(routing._FULL, kind, pieces)
 
 
@@ -150,7 +149,7 @@ def test_the_law_itself_is_the_packages() -> None:
     torch.testing.assert_close(ours, entmax.entmax_bisect(z, alpha=1.75, dim=-1, n_iter=100))
 
 
-@pytest.mark.parametrize("alpha", (1.5, 1.2, 1.75))
+@pytest.mark.parametrize("alpha", (1.5, 1.2))
 def test_long_flat_rows_have_their_exact_support(alpha: float) -> None:
     """1536 blocks of standard normal scores and gamma 0.16, where few steps are not enough."""
     blocks = 1536
@@ -158,9 +157,8 @@ def test_long_flat_rows_have_their_exact_support(alpha: float) -> None:
     generator = torch.Generator().manual_seed(4)
     s = torch.randn(1, blocks, 1, 4, generator=generator).to(DEVICE)
     gamma = torch.full((2,), 0.16, device=DEVICE)
-    for at in (blocks * 2, torch.tensor([blocks * 2])):
-        count = check_entmax(q, s, gamma, alpha, at, 2)
-        assert alpha > 1.5 or (count > 100).all()
+    count = check_entmax(q, s, gamma, alpha, torch.tensor([blocks * 2]), 2)
+    assert (count > 100).all()
 
 
 @pytest.mark.parametrize("alpha", (1.5, 1.1, 2.0))
@@ -246,8 +244,12 @@ def check_topk(q: torch.Tensor, s: torch.Tensor, at: Any, block: int, *rest: Any
     return index
 
 
-@each_case
-@pytest.mark.parametrize("score", ("group_softmax", "group_sum", "head"))
+@pytest.mark.parametrize(
+    ("case", "score"),
+    [(case, "group_softmax") for case in CASES]
+    + [(case, score) for case in ("carried", "decoded") for score in ("group_sum", "head")]
+    + [("tiles", "head"), ("no-groups", "head"), ("rows-apart", "group_sum")],
+)
 def test_topk_is_that_of_a_stable_sort(case: str, score: str) -> None:
     check_topk(*inputs_of(case), 7, 1, 2, score)
 
@@ -262,9 +264,15 @@ def test_equal_scores_go_to_the_earlier_block(score: str) -> None:
     q, s, at, block = inputs_of("carried")
     q, s = q[:1, :2, :, :16], s[:1, torch.arange(s.shape[1]) % 3, :, :16]  # every third is the same
     check_topk(q, s, at, block, 12, 0, 2, score)
-    q, zero = torch.zeros_like(q), -torch.zeros_like(s)
-    zero[:, ::2] = 0.0  # both zeros are one
-    check_topk(q, zero, at, block, 6, 1, 1, score)
+
+
+def test_both_zeros_are_one() -> None:
+    q = torch.ones(1, 1, 1, 1, device=DEVICE)
+    tiny = torch.tensor([-1e-45, 1e-45]).repeat(4).view(1, -1, 1, 1).to(DEVICE)
+    index = routing.topk_route(  # the scale brings them to -0 and 0
+        q, tiny, scale=0.3, at=8, block_size=1, k=3, initial=0, local=0, score="head"
+    )
+    assert index.flatten().tolist() == [0, 1, 2]
 
 
 def test_near_scores_and_large_ones_are_told_apart() -> None:
@@ -292,9 +300,9 @@ def test_two_runs_are_equal_and_nothing_reads_unwritten_memory(case: str) -> Non
     def run() -> list[torch.Tensor]:
         gamma = torch.ones(q.shape[2], device=DEVICE)
         shared = {"at": at, "block_size": block, "scale": 0.2}
-        found = list(routing.entmax_route(q, s, gamma=gamma, alpha=1.5, most=20, **shared))
-        for score in routing.SCORES:
-            rest = {"k": 60, "initial": 1, "local": 1, "score": score}
+        found = list(routing.entmax_route(q, s, gamma=gamma, alpha=1.5, most=9, **shared))
+        for score in ("group_softmax", "head"):
+            rest = {"k": 9, "initial": 1, "local": 1, "score": score}
             found.append(routing.topk_route(q, s, **shared, **rest))
         return found
 

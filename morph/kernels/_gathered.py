@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from morph.kernels._gathered_few import Ask, few
 
 # Elements of a tile's queries and scores: larger tiles take fewer steps, smaller ones less memory
-_CPU_ELEMENTS = 1 << 19
+_CPU_ELEMENTS = 1 << 20
 _GPU_ELEMENTS = 1 << 24
 # Entries of a tile's inverted lists
 _ENTRIES = 1 << 21
@@ -291,15 +291,14 @@ def _spans(
     start, width = ask.at[unit.row] + tile.start, merged * ask.block_size
     size = min(size, start + tile.stop - tile.start)  # keys after the last query are never seen
     _, blocks, spans = ask.spans(size)
-    listed = index[min(unit.row, len(index) - 1), tile, unit.list].to(
-        torch.int64, copy=True
-    )  # [n, N]
-    position = torch.arange(len(listed), device=index.device)[:, None] + start
-    live = (listed >= 0) & (listed < blocks) & (listed * ask.block_size <= position)
+    listed = index[min(unit.row, len(index) - 1), tile, unit.list]  # [n, N]
+    position = torch.arange(start, start + len(listed), dtype=index.dtype, device=index.device)
+    newest = (position // ask.block_size).clamp_(max=blocks - 1)[:, None]
+    live = (listed >= 0) & (listed <= newest)
     if added is not None:
         live = live & ~torch.isneginf(added)
     # what is not listed goes to a row after the last; queries of a block lie together
-    place = listed.masked_fill_(~live, spans * merged)
+    place = listed.masked_fill(~live, spans * merged).long()
     row = torch.arange(len(listed), device=index.device)[:, None]
     places = (place * len(listed) + row).flatten()
     member = torch.zeros(
@@ -331,7 +330,7 @@ def _spans(
         own = slice(one * width, min((one + 1) * width, size))
         cut, early = None, 0
         if own.stop - 1 > start:
-            early = int((rows < own.stop - 1 - start).sum())
+            early = int(torch.searchsorted(rows, own.stop - 1 - start))
         if early:
             key = torch.arange(own.start, own.stop, device=index.device)
             cut = (key > rows[:early, None] + start)[:, None]

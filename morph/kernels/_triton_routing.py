@@ -7,9 +7,9 @@ summaries several times and computes its scores anew each time, and what is writ
 Bytes moved: with P passes, B G ceil(T / QT) P C K 4 / 2 bytes of summaries for a causal prefill of
 T tokens, nearly all of them from the cache on the chip, as a KV head's summaries are C K 4 bytes;
 the queries once; and 8 bytes (entmax) or 4 bytes (top-k) for every place of the lists. QT is how
-many queries a tile has, 64 rows over the heads of a group in bfloat16. P is 2 for entmax plus 3 to
-7 passes that find tau on random rows; 2 for top-k plus one for every two bits by which the k-th
-and the next best score differ, 16 at most. Where all queries fit one tile, as for a decoded token,
+many queries a tile has, 64 rows over the heads of a group in bfloat16. P is 2 for entmax plus the
+passes that find tau; 2 for top-k plus one for every two bits by which the k-th and the next best
+score differ, 17 at most. Where all queries fit one tile, as for a decoded token,
 the programs would be too few to be quick, and their scores are computed once, by many programs,
 and kept for the call: B T H C 4 bytes, which all passes then read instead.
 """

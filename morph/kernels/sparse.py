@@ -88,11 +88,13 @@ def forward(
     taken = _checks.pick("sparse", path, reasons)
     rows = _blocks.Rows.of(padding, q.shape[0], seen, q.shape[1], q.device)
     total, step = seen + q.shape[1], _blocks.room_step(block_size)
-    old = (None, None) if initial_state is None else (initial_state.k, initial_state.v)
-    keys, values = (
-        _blocks.append(one, rows.front(new), rows, total, step, False)
-        for one, new in zip(old, (k, v))
-    )
+    keys, values = rows.front(k), rows.front(v)
+    if initial_state is not None or output_final_state:
+        old = (None, None) if initial_state is None else (initial_state.k, initial_state.v)
+        keys, values = (
+            _blocks.append(one, new, rows, total, step, False)
+            for one, new in zip(old, (keys, values))
+        )
     if rows.order is not None:
         blocks = blocks.expand(len(q), -1, -1, -1)
         blocks = rows.front(blocks).masked_fill(~rows.held()[..., None, None], -1)

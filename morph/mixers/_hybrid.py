@@ -235,9 +235,7 @@ class HybridAttention(nn.Module):
         q, k = stages[mixer.wants]
         v = self._pick(found.v, kv_heads)
         earlier = stages if several else None
-        return Inputs(
-            q=q, k=k, v=v, hidden=hidden, padding=padding, earlier=earlier, shared=shared
-        )
+        return Inputs(q=q, k=k, v=v, hidden=hidden, padding=padding, earlier=earlier, shared=shared)
 
     def forward(
         self,
