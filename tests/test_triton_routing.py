@@ -44,7 +44,7 @@ def inputs_of(case: str) -> tuple[torch.Tensor, torch.Tensor, Any, int]:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wider pieces for the interpreter, whose steps take the same time whatever their size."""
     if DEVICE == "cpu":
-        for kind in ("entmax", "topk"):
+        for kind in ("entmax", "topk", "head"):
             pieces = dict.fromkeys((64, 128, 256), (32, 32, 4, 1))
             monkeypatch.setitem(routing._FULL, kind, pieces)
 

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 # Blocks smaller than this share a span of keys
 _SPAN = 64
-# Elements of keys copied at a time
-_COPIED = 1 << 17
 # Query heads that may each read the values of their KV head for themselves
 _READERS = 2
 
@@ -39,14 +37,12 @@ class _Near(NamedTuple):
 
     `keys` [J, L] positions, those hidden replaced by one that is seen where there is one; `hidden`
     [J, L] bool, None where nothing is; `bias` [J, L] or None; `void` [J] marks lists of nothing.
-    `blocks` [J, L / block size] are the blocks, where all of them are whole.
     """
 
     keys: torch.Tensor
     hidden: torch.Tensor | None
     bias: torch.Tensor | None
     void: torch.Tensor
-    blocks: torch.Tensor | None
 
 
 def few(
@@ -94,11 +90,8 @@ def _near(
     keys = torch.where(hidden, seen * block, keys)
     if added is not None:
         added = added.masked_fill(~live, 0.0).repeat_interleave(block, dim=1)
-    whole = size % block == 0 and bool(live.all())
-    void = ~live.any(dim=1)
-    return _Near(
-        keys, hidden if bool(hidden.any()) else None, added, void, listed if whole else None
-    )
+    some_hidden = bool(hidden.sum())  # `any` is slow here
+    return _Near(keys, hidden if some_hidden else None, added, ~live.any(dim=1))
 
 
 def _one(
@@ -108,10 +101,7 @@ def _one(
     lists, shared = len(near.keys), len(near.keys) == 1
     group = torch.arange(lists, device=q.device)[:, None] * groups // lists
     mine = q.mul(ask.scale).unflatten(0, (groups if shared else lists, -1))
-    if shared and near.blocks is not None:
-        s = _by_block(mine, k, near.blocks[0], ask.block_size)
-    else:
-        s = torch.bmm(mine, _gather(k, near.keys, group, groups, q.dtype).mT)  # [G or J, ratio, L]
+    s = torch.bmm(mine, _gather(k, near.keys, group, groups, q.dtype).mT)  # [G or J, ratio, L]
     if ask.softcap is not None:
         s = s.div_(ask.softcap).tanh_().mul_(ask.softcap)
     if near.bias is not None:
@@ -126,20 +116,6 @@ def _one(
     group = torch.arange(len(q), device=q.device)[:, None] * groups // len(q)
     rows = near.keys if shared else near.keys.repeat_interleave(len(q) // lists, dim=0)
     return F.embedding_bag(rows * groups + group, v, mode="sum", per_sample_weights=p.flatten(0, 1))
-
-
-def _by_block(q: torch.Tensor, k: torch.Tensor, blocks: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the products [G, ratio, L] of q [G, ratio, K] and whole blocks of rows of k [S G, K].
-
-    Some blocks at a time, so that copies stay in the CPU's cache.
-    """
-    groups, wide = len(q), k.shape[1]
-    count = max(1, _COPIED // (size * groups * wide))
-    whole, out = k.view(-1, size * groups * wide), []
-    for some in blocks.split(count):
-        near = whole.index_select(0, some).to(q.dtype).view(-1, groups, wide)
-        out.append(torch.bmm(q, near.permute(1, 2, 0)))
-    return torch.cat(out, dim=2)
 
 
 def _gather(

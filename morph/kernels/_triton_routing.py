@@ -35,10 +35,12 @@ _KEPT = 1024  # numbers of a tile whose scores are kept, and 1024 blocks at most
 _HALF = {
     "entmax": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     "topk": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
+    "head": dict.fromkeys((64, 128, 256), (16, 32, 4, 1)),
 }
 _FULL = {
     "entmax": dict.fromkeys((64, 128, 256), (16, 16, 8, 1)),
     "topk": dict.fromkeys((64, 128, 256), (16, 16, 4, 1)),
+    "head": dict.fromkeys((64, 128, 256), (16, 16, 4, 1)),
 }
 
 
@@ -143,7 +145,7 @@ def topk_route(
     (batch, tokens, heads, _), groups = q.shape, summaries.shape[2]
     soft, head = score == "group_softmax", score == "head"
     factor = scale * _LOG2_E if soft else scale
-    call = _Call("topk", q, summaries, None, factor, at, block_size)
+    call = _Call("head" if head else "topk", q, summaries, None, factor, at, block_size)
     lists = heads if head else groups
     index = q.new_empty(batch, tokens, lists, k, dtype=torch.int32)
     with _device(q):
@@ -232,12 +234,14 @@ def variants() -> list[_triton.Variant]:
     half, full, gone = torch.bfloat16, torch.float32, {"origin": None}
     square = {**gone, "SQUARE": True}
     soft = {**gone, "HEAD": False, "SOFTMAX": True}
+    head = {**gone, "HEAD": True, "SOFTMAX": False}
     return [
         _variant(entmax_kernel, half, 128, 4, 4096, square),
         _variant(entmax_kernel, full, 64, 8, 4096, {"SQUARE": False}),
         _variant(entmax_kernel, half, 128, 16, 1, square),
         _variant(topk_kernel, half, 128, 16, 4096, soft),
-        _variant(topk_kernel, full, 128, 1, 4096, {**gone, "HEAD": True, "SOFTMAX": False}),
+        _variant(topk_kernel, full, 128, 1, 4096, head),
+        _variant(topk_kernel, half, 128, 4, 4096, head),
         _variant(topk_kernel, half, 64, 4, 1, soft),
         _variant(scratch_kernel, half, 128, 16, 1, gone),
     ]
@@ -252,7 +256,7 @@ def _variant(
     kernel: Any, dtype: torch.dtype, size: int, ratio: int, tokens: int, extras: dict[str, Any]
 ) -> _triton.Variant:
     meta, names = torch.empty(1, 1, 1, size, dtype=dtype, device="meta"), list(kernel.arg_names)
-    kind = "entmax" if kernel is entmax_kernel else "topk"
+    kind = "entmax" if kernel is entmax_kernel else "head" if extras.get("HEAD") else "topk"
     sizes, how, kept = _sizes(kind, meta, tokens, ratio)
     types = {**_TYPES, "q": "*bf16" if dtype == torch.bfloat16 else "*fp32"}
     constants: dict[str, Any] = {**sizes, "SIZE": 64, "UNIT": 8}
