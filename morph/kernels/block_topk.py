@@ -296,8 +296,9 @@ def example(
 ) -> dict[str, Any]:
     """Return random inputs for `forward` of the given sizes; options are passed through.
 
-    No query's choice is so near that rounding decides.
+    No query's choice is so near that rounding decides. Without options 4 blocks of 16 are read.
     """
+    options = {"k_blocks": 4, "block_size": 16, **options}
     shapes: dict[str, tuple[int, ...]] = {"q": (B, T, H, K), "k": (B, T, G, K), "v": (B, T, G, V)}
     if compress:
         shapes |= {"select_gate": (B, T, H), "compress_gate": (B, T, H)}

@@ -256,6 +256,7 @@ def example(
     No query has a routing weight, or would have one, so near to zero that rounding decides; nor
     where the first third of the tokens is padding, which moves the borders of the blocks.
     """
+    options = {"block_size": 16, **options}
     shapes = {"q": (B, T, H, K), "k": (B, T, G, K), "v": (B, T, G, V), "summary_query": (G, K)}
     wide = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
     wide["gamma"] = gamma * (1.0 + 0.2 * torch.rand(H, generator=generator, dtype=torch.float64))
