@@ -264,6 +264,8 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_measured(
     refused(UsageError, "7 layers have an index.*give 1 to 6", owners="7")
     refused(OutputExists, "is the input", out=folder / "hybrid")
     refused(DataError, "the text has .* tokens; one example", recipe_for(folder, seq_len=10**7))
+    whole = "texts of 24 tokens are read whole.*Set select.seq_len above 24"
+    refused(UsageError, whole, recipe_for(folder, seq_len=24))
     refused(MismatchError, "was made of another model", teacher=str(folder / "hybrid"))
     plain = dataclasses.replace(recipe, model=str(folder / "model"))
     refused(MismatchError, "is no hybrid with shared routing", plain)

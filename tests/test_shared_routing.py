@@ -380,6 +380,7 @@ def test_options_say_what_is_allowed() -> None:
     for bad, said in (
         ({"k": 0}, "k is 0; give 1"),
         ({"block": 0}, "block is 0"),
+        ({"block": 65537}, "block is 65537; give 1 to 65536 tokens"),
         ({"local": -1}, "local is -1; give 0"),
         ({"index_dim": 0}, "index_dim is 0; give 1 to 4096"),
         ({"owner": -2}, "owner is -2"),

@@ -77,7 +77,7 @@ class Options:
                 f"mixer dash: alpha is {self.alpha}; give 1 (reads everything) to 2 (reads least), "
                 "usually 1.5."
             )
-        if not abs(self.gamma) <= _MOST_GAMMA:
+        if not 0.0 <= self.gamma <= _MOST_GAMMA:
             raise RecipeError(
                 f"mixer dash: gamma is {self.gamma}; give 0 (full attention) to {_MOST_GAMMA:g}, "
                 "usually 1. Larger reads less."

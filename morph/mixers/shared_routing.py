@@ -53,6 +53,7 @@ from morph.plan import CacheCost
 
 SEES = "k"
 _NAME, _MOST = "shared_routing", 2**31 - 1
+_MOST_BLOCK = 65536  # tokens: room for whole blocks is made from the first token on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,15 @@ class Options:
 
     def __post_init__(self) -> None:
         where = f"mixer {_NAME}"
-        for name, low, usual in (("k", 1, 2048), ("block", 1, 1), ("local", 0, 0)):
+        for name, low, most, usual in (
+            ("k", 1, _MOST, 2048),
+            ("block", 1, _MOST_BLOCK, 1),
+            ("local", 0, _MOST, 0),
+        ):
             value = getattr(self, name)
-            if not low <= value <= _MOST:
+            if not low <= value <= most:
                 raise RecipeError(
-                    f"{where}: {name} is {value}; give {low} to {_MOST} tokens, usually {usual}."
+                    f"{where}: {name} is {value}; give {low} to {most} tokens, usually {usual}."
                 )
         if not 1 <= self.index_dim <= 4096:
             raise RecipeError(

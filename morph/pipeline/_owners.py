@@ -60,7 +60,8 @@ def share_command(
     memo = surgery.Memo(partial, _digest(facts))
     if len(memo):
         say(f"going on from {escape(partial)}: {len(memo)} measurements are at hand")
-    say(f"choosing {wanted} of {len(surgery.sharing(plan))} layers to keep an index")
+    if wanted < len(surgery.sharing(plan)):  # else it is refused
+        say(f"choosing {wanted} of {len(surgery.sharing(plan))} layers to keep an index")
     found = surgery.choose_owners(
         model,
         plan,
@@ -130,14 +131,22 @@ def _batches(recipe: Recipe, source: Source, plan: Plan) -> list[Batch]:
     from morph.pipeline import _data
 
     corpus = _data.corpus(recipe.data, source.tokenizer(), seed=recipe.seed)
-    options = [plan.layers[i].groups for i in surgery.sharing(plan)]
-    k = max(int(g.options.get("k", 0)) for groups in options for g in groups)
+    groups = [g for i in surgery.sharing(plan) for g in plan.layers[i].groups]
+    groups = [g for g in groups if g.mixer == "shared_routing"]
+    k = max(int(g.options["k"]) for g in groups)
     context = int(source.checkpoint.config.get("max_position_embeddings") or 2**31)
     length = recipe.select.seq_len or min(max(512, 2 * k), context, 4096)
     if len(corpus.train) < length:
         raise DataError(
             f"the text has {len(corpus.train)} tokens; one example has {length}. Give more text, "
             "or set select.seq_len."
+        )
+    whole = min(map(surgery.exact_prefix, groups))
+    if length <= whole:
+        raise UsageError(
+            f"texts of {length} tokens are read whole, whatever index chooses (k is {k}): no loss "
+            f"would tell layers apart. Set select.seq_len above {whole}, or convert with a smaller "
+            "mixer.k."
         )
     section = replace(recipe.select, task="text", seq_len=length)
     return _data.calibration(section, corpus, source.tokenizer(), recipe.seed, batch_size=4)
