@@ -591,6 +591,30 @@ def test_verify_names_what_was_changed(road: Road, tmp_path: Path) -> None:
     assert "model.safetensors" in found.err
 
 
+@pytest.mark.parametrize(
+    ("mixer", "setting", "said"),
+    [
+        ("dash", "sparsity=-1", "sparsity is -1"),
+        ("block_topk", "k=1", "k is 1"),
+        ("sliding", "window=0", "window is 0"),
+        ("shared_routing", "owner=99", "layer 99"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    source: Path, mixer: str, setting: str, said: str
+) -> None:
+    given = ("convert", source, "o", "--mixer", mixer, "--set", f"mixer.{setting}", "--dry-run")
+    found = morph(*given)
+    assert found.code == 2
+    assert said in found.err.replace("\n", " ")
+
+
+def test_a_sparsity_that_was_not_calibrated_is_told(source: Path, tmp_path: Path) -> None:
+    given = ["--mixer", "dash", "--set", "mixer.sparsity=0.75", "--selector", "uniform"]
+    found = good("convert", source, tmp_path / "o", *given)
+    assert "sparsity 0.75 is not met, as there is no text" in found.err.replace("\n", " ")
+
+
 def test_dry_runs_write_nothing(source: Path, tmp_path: Path, road: Road) -> None:
     with contextlib.chdir(tmp_path):
         told = json.loads(good("score", source, "--dry-run", "--json", "--budget", "2").out)

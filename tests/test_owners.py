@@ -17,6 +17,7 @@ from morph.errors import (
     DataError,
     MismatchError,
     OutputExists,
+    PlanError,
     UsageError,
     VerificationFailed,
 )
@@ -74,6 +75,23 @@ def blind(model: Any, *layers: int) -> None:
 
 def owners_in(plan: Plan) -> list[int | None]:
     return [x.groups[0].options.get("owner") for x in plan.layers]
+
+
+@pytest.mark.parametrize(
+    ("owner", "follower", "said"),
+    [
+        ({"k": 6}, {"k": 7, "owner": 0}, "has k 6, this 7"),
+        ({"k": 6, "block": 2}, {"k": 6, "owner": 0}, "has block 2, this 1"),
+        ({"k": 6}, {"k": 6, "owner": 2}, "earlier layer only"),
+        (None, {"k": 6, "owner": 0}, "no shared_routing of its own"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_is_refused_at_once(
+    owner: dict[str, Any] | None, follower: dict[str, Any], said: str
+) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(PlanError, match=f"layer 1: mixer shared_routing follows layer .*{said}"):
+        surgery.resolve_costs(planned(model, owner, follower, None, None))
 
 
 def test_an_index_that_adds_nothing_goes_first_and_one_that_does_stays() -> None:

@@ -121,9 +121,21 @@ class MixerBase(nn.Module, ABC):
         """
 
     @classmethod
+    def asks(cls, options: Any) -> str:
+        """Return what an option asks of `calibrate`, in words; empty where it asks nothing."""
+        return ""
+
+    @classmethod
     def follows(cls, options: Any) -> tuple[int, ...]:
         """Return the earlier layers whose mixer, the same with its own index, must run before."""
         return ()
+
+    @classmethod
+    def cannot_follow(
+        cls, options: Any, heads: tuple[int, ...], owner: Any, owner_heads: tuple[int, ...]
+    ) -> str:
+        """Return why a group with `options` cannot follow one with options `owner`, or nothing."""
+        return ""
 
     @classmethod
     @abstractmethod

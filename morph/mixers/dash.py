@@ -231,6 +231,11 @@ class Mixer(MixerBase):
         return rows.back((rows.positions() // block).expand(batch, -1))
 
     @classmethod
+    def asks(cls, options: Options) -> str:
+        """The sparsity, where one is wanted."""
+        return "" if options.sparsity is None else f"sparsity {options.sparsity:g}"
+
+    @classmethod
     def calibration_length(cls, options: Options) -> int:
         """Return 32 blocks where gamma is set by them, so that nine tenths can be left out."""
         return 512 if options.sparsity is None else max(512, 32 * options.block)

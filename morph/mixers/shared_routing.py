@@ -321,6 +321,23 @@ class Mixer(MixerBase):
         return () if options.owner is None else (options.owner,)
 
     @classmethod
+    def cannot_follow(
+        cls,
+        options: Options,
+        heads: tuple[int, ...],
+        owner: Options,
+        owner_heads: tuple[int, ...],
+    ) -> str:
+        """Return which option differs, or that keys are shared and heads are not."""
+        for name in ("k", "block", "local"):
+            asked, there = getattr(options, name), getattr(owner, name)
+            if asked != there:
+                return f"that has {name} {there}, this {asked}. Give both the same {name}."
+        if options.share_kv and heads != owner_heads:
+            return "keys and values are shared, heads are not. Give both the same heads."
+        return ""
+
+    @classmethod
     def cache_cost(cls, options: Options, shape: GroupShape) -> CacheCost:
         """All keys and values, and in an owner the index of every block."""
         if shape.window is not None:

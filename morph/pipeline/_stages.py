@@ -81,6 +81,7 @@ def dry_run(
         _select.check_plan(made, source)
         return describe(surgery.resolve_costs(made))
     shape = source.geometry
+    _check_mixer(recipe, source)
     kept = _select.kept_count(source, recipe.select)
     width = shape.units(recipe.select.granularity)
     per_token = 2 * shape.entry_elements() * shape.num_key_value_heads
@@ -101,6 +102,16 @@ def dry_run(
         **_training_cost(recipe, source),
         **_repair_words(recipe),
     }
+
+
+def _check_mixer(recipe: Recipe, source: Source) -> None:
+    """Raise PlanError where the mixer refuses its options, as it would once all is scored."""
+    from morph import surgery
+
+    mixer, model_type = recipe.mixer, source.family.model_type
+    surgery.resolve_costs(
+        planning.uniform_plan(model_type, source.geometry, (), mixer.name, mixer.options, None)
+    )
 
 
 def _repair_words(recipe: Recipe) -> dict[str, str]:

@@ -32,15 +32,19 @@ def hybrid_of(
     from morph import modeling, surgery
 
     made = modeling.hybrid(source, plan)
-    if not any(adapts(layer) for layer in surgery.hybrid_layers(made).values()):
+    layers = surgery.hybrid_layers(made).values()
+    mixers = [m for layer in layers for m in layer.mixers]
+    asked = {f"mixer {m.asks(m.options)}" for m in mixers if m.asks(m.options)}
+    if not any(adapts(layer) for layer in layers):
         return made
     if not tokens:
+        _warn(asked, "mixer.calibrate is 0", say)
         return made
     if corpus is None or len(corpus.train) < 2:
         say("mixers keep their plain starts: there is no text to calibrate them on (--data FILE)")
+        _warn(asked, "there is no text", say)
         return made
-    layers = surgery.hybrid_layers(made).values()
-    wanted = [m.calibration_length(m.options) for layer in layers for m in layer.mixers]
+    wanted = [m.calibration_length(m.options) for m in mixers]
     context = int(getattr(source.config, "max_position_embeddings", None) or SEQ_LEN)
     ids = text_ids(corpus, tokens, min(max(wanted), max(context, SEQ_LEN)))
     found = surgery.calibrate(made, source, ids)
@@ -49,7 +53,15 @@ def hybrid_of(
         f"calibrated on {ids.numel():,} tokens: relative error of the layers' outputs "
         f"{before:.2f} -> {after:.2f}"
     )
+    if all(ids.shape[1] <= m.exact_prefix(m.options) for m in mixers if m.asks(m.options)):
+        _warn(asked, f"rows of {ids.shape[1]} tokens are read whole", say)
     return made
+
+
+def _warn(asked: set[str], why: str, say: Say) -> None:
+    """Say what was asked of calibration and is not met."""
+    for what in sorted(asked):
+        say(f"warning: {what} is not met, as {why}; bytes that are told still count with it")
 
 
 _WHEN = ("before", "after")

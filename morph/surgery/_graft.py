@@ -230,13 +230,26 @@ def check_followed(plan: Plan) -> None:
             for owner in _followed(group, i):
                 where = f"layer {i}: mixer {group.mixer} follows layer {owner}"
                 if not 0 <= owner < i:
-                    raise PlanError(f"{where}; it can follow an earlier layer only.")
-                owners = [g for g in plan.layers[owner].groups if g.mixer == group.mixer]
-                if not any(not _followed(g, owner) for g in owners):
+                    raise PlanError(f"{where}; it can follow an earlier layer only, or none.")
+                same = [g for g in plan.layers[owner].groups if g.mixer == group.mixer]
+                owners = [g for g in same if not _followed(g, owner)]
+                if not owners:
                     raise PlanError(
                         f"{where}, which has no {group.mixer} of its own. Let it follow a layer "
                         "that has, or none."
                     )
+                reasons = [_cannot_follow(group, g) for g in owners]
+                if all(reasons):
+                    raise PlanError(f"{where}: {reasons[0]}")
+
+
+def _cannot_follow(group: HeadGroup, owner: HeadGroup) -> str:
+    module = mixer_module(group.mixer)
+    options, theirs = (
+        strict.build(module.Options, g.options, f"mixer {g.mixer}", PlanError)
+        for g in (group, owner)
+    )
+    return module.Mixer.cannot_follow(options, group.heads, theirs, owner.heads)
 
 
 def _followed(group: HeadGroup, layer_idx: int) -> tuple[int, ...]:
