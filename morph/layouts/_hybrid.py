@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from morph import strict
+from morph import registry, strict
 from morph.errors import CheckpointError, PlanError, escape
 from morph.layouts._read import Mixture, strongest
 from morph.layouts._settings import MAX_HEADS
@@ -37,16 +37,22 @@ def plan_of(config: Mapping[str, Any]) -> Plan:
 
 def kind_of(group: HeadGroup, window: int | None) -> str:
     """Return what a group of heads attends with; `window` is that of the source's layer."""
-    if group.mixer in OVER_ALL or _keeps_all(group):
+    if group.mixer in OVER_ALL:
         own = group.options.get("window") if group.mixer == "parallel" else None
         return "sliding" if window is not None or own else "full"
-    return "sliding" if group.mixer == "sliding" else "linear"
+    if group.mixer == "sliding":
+        return "sliding"
+    if not _is_sparse(group):
+        return "linear"
+    return "full" if window is None else "sliding"
 
 
-def _keeps_all(group: HeadGroup) -> bool:
-    """Return whether a mixer keeps every token and no state: softmax over what it chooses."""
+def _is_sparse(group: HeadGroup) -> bool:
+    """Return whether a mixer of the package keeps tokens and no state: softmax over some."""
     cost = group.cache
-    return cost is not None and cost.tokens is None and not cost.state_bytes(1, 1)
+    if cost is None or cost.tokens == 0 or cost.state_bytes(1, 1):
+        return False
+    return group.mixer in registry.names("mixers")
 
 
 def kinds(plan: Plan) -> tuple[str, ...]:
@@ -79,5 +85,5 @@ def _mixture(layer: LayerPlan, shape: Geometry, window: int | None) -> Mixture:
 
 def turns(layer: LayerPlan) -> bool:
     """Return whether any softmax head of a layer rotates its q and k."""
-    softmax = (g for g in layer.groups if g.mixer in (*OVER_ALL, "sliding") or _keeps_all(g))
+    softmax = (g for g in layer.groups if g.mixer in (*OVER_ALL, "sliding") or _is_sparse(g))
     return any(g.mixer != "nope" for g in softmax)
