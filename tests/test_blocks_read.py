@@ -19,7 +19,7 @@ from morph.recipes.schema import Evaluate
 from morph.testing import tiny_model
 
 HOSTILE = "<b>[/x]$\\frac{$\n\x1b[31m雪"
-OPTIONS = {"block": 4, "window": 2, "initial": 1, "random": 1}
+OPTIONS = {"block": 4, "local": 2, "initial": 1, "random": 1}
 
 
 def hybrid(*layers: LayerPlan):
@@ -67,7 +67,7 @@ def test_it_counts_what_is_read_and_what_is_not():
 
 
 def test_bins_of_a_long_text_hold_means():
-    model = hybrid(layer("bigbird", {**OPTIONS, "window": 1000}))
+    model = hybrid(layer("bigbird", {**OPTIONS, "local": 1000}))
     (found,) = evaluate.blocks_read(model, ids_for(model, rows=1, length=200))
     assert len(found.positions) == 64 and found.sparsity == pytest.approx(0)
     assert found.mean == pytest.approx(found.causal)
