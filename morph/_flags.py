@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from morph.errors import UsageError
+from morph.errors import UsageError, escape
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local checkpoint folder or Hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
@@ -179,7 +179,7 @@ def as_units(pins: list[str] | None) -> list[Any] | None:
 
 def as_exports(given: list[str] | None) -> dict[str, Path]:
     """Return `format=file` texts as paths by format."""
-    from morph.errors import UnknownName, escape, nearest
+    from morph.errors import UnknownName, nearest
     from morph.exchange import FORMATS
 
     found: dict[str, Path] = {}
@@ -196,6 +196,17 @@ def as_exports(given: list[str] | None) -> dict[str, Path]:
             raise UsageError(f"--export: {name} is given twice.")
         found[name] = Path(path)
     return found
+
+
+def refuse_mixer(sets: list[str] | None) -> None:
+    """Refuse settings of a mixer, where the model has its mixers already."""
+    for one in sets or ():
+        name = one.partition("=")[0].strip()
+        if name.split(".")[0] == "mixer":
+            raise UsageError(
+                f"--set {escape(name, 60)}: the hybrid's mixers are what they are. Leave it out, or "
+                "convert again to change one."
+            )
 
 
 def refuse_choices(*given: Any) -> None:

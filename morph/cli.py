@@ -41,6 +41,7 @@ from morph._flags import (
     given_once,
     parser,
     refuse_choices,
+    refuse_mixer,
 )
 from morph._processes import world
 from morph.errors import Interrupted, MorphError, StorageError, UsageError
@@ -450,6 +451,7 @@ def share(
     """Let layers with shared routing follow the index of another, the least missed first."""
     from morph import pipeline
 
+    refuse_mixer(sets)
     recipe = as_recipe(hybrid, sets, family=family, data=data, seed=seed)
     with terminal.measuring() as progress:
         found = pipeline.share_command(

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from morph import registry, strict
 from morph.cache import State
 from morph.errors import RecipeError
-from morph.kernels import _blocks, _gathered, _topk, block_topk
+from morph.kernels import _blocks, _gathered, _pooled, _topk, block_topk
 from morph.mixers._base import GroupShape, Inputs
 from morph.testing import assert_close, exactly
 
@@ -375,7 +375,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("style", ("moba", "nsa"))
 def test_a_long_prefill_never_holds_all_scores(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the chunks of a long text scaled down to those of a short one."""
-    monkeypatch.setattr(_topk, "_CPU_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(_pooled, "_CPU_ELEMENTS", 1 << 16)
     monkeypatch.setattr(_gathered, "_ENTRIES", 1 << 16)
     mixer = make(style, block=2, dtype=torch.float32)
     x = inputs(1024, batch=1, dtype=torch.float32)
@@ -387,7 +387,7 @@ def test_a_long_prefill_never_holds_all_scores(style: str, monkeypatch: pytest.M
 def test_compressed_gradients_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for most in (1 << 20, 1 << 10):
-        monkeypatch.setattr(_topk, "_CPU_ELEMENTS", most)
+        monkeypatch.setattr(_pooled, "_CPU_ELEMENTS", most)
         x, mixer = inputs(45), make("nsa")
         leaves = [getattr(x, n).requires_grad_() for n in ("q", "k", "v", "hidden")]
         o = mixer(x)

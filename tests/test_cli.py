@@ -609,6 +609,12 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert said in found.err.replace("\n", " ")
 
 
+def test_sharing_does_not_change_mixers(source: Path) -> None:
+    found = morph("share", source, "o", "--set", "mixer.k=9")
+    assert found.code == 2
+    assert "--set mixer.k: the hybrid's mixers are what they are" in found.err.replace("\n", " ")
+
+
 def test_a_sparsity_that_was_not_calibrated_is_told(source: Path, tmp_path: Path) -> None:
     given = ["--mixer", "dash", "--set", "mixer.sparsity=0.75", "--selector", "uniform"]
     found = good("convert", source, tmp_path / "o", *given)

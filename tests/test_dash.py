@@ -13,7 +13,7 @@ import torch
 from morph import strict
 from morph.cache import State
 from morph.errors import RecipeError
-from morph.kernels import _dash_routing, dash, sliding
+from morph.kernels import _dash_routing, _pooled, dash, sliding
 from morph.kernels._entmax import entmax
 from morph.mixers import dash as mixer_file
 from morph.mixers._base import GroupShape, Inputs
@@ -243,7 +243,7 @@ def test_long_calls_in_chunks_have_the_same_outputs_and_gradients(
     leaves = [inputs[n].requires_grad_() for n in names]
     found = []
     for size in (1 << 20, 700):
-        monkeypatch.setattr(_dash_routing, "_CPU_ELEMENTS", size)
+        monkeypatch.setattr(_pooled, "_CPU_ELEMENTS", size)
         o, _ = dash.forward(**inputs)
         grads = torch.autograd.grad(o.square().sum(), leaves)
         with torch.no_grad():

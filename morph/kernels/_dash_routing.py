@@ -12,12 +12,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from morph.kernels import _blocks, _triton
+from morph.kernels import _blocks, _pooled, _triton
 from morph.kernels._entmax import entmax
+from morph.kernels._pooled import most_elements
 
-# Elements of one chunk's scores [B, t, H, C], and of the keys that are summed up together
-_CPU_ELEMENTS = 1 << 20
-_GPU_ELEMENTS = 1 << 26
 # Places in the lists that are tried first where nobody knows how many are needed
 _FIRST_LISTS = 64
 
@@ -32,11 +30,6 @@ class Ask(NamedTuple):
     block: int
     scale: float
     softcap: float | None
-
-
-def most_elements(device: torch.device) -> int:
-    """Return how many elements a chunk may have."""
-    return _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
 
 
 def summarise(k: torch.Tensor, ask: Ask) -> torch.Tensor:
@@ -64,44 +57,12 @@ def append_summaries(
     until then it is zeros. `held` is written to where `in_place` is true, it has the room and
     nothing records gradients.
     """
-    room, block = k.shape[1] // ask.block, ask.block
-    lacking = room - (0 if held is None else held.shape[1])
-    if held is None or lacking > 0:
-        void = torch.zeros(
-            k.shape[0], lacking, *k.shape[2:], dtype=ask.query.dtype, device=k.device
-        )
-        held = void if held is None else torch.cat([held.to(void), void], dim=1)
-        in_place = True  # it is nobody else's yet
-    in_place = in_place and not torch.is_grad_enabled() and _owned(held)
-    blocks = k.unflatten(1, (room, block))
-    if isinstance(rows.at, int):
-        first, last = rows.at // block, total // block
-        if in_place:
-            for start, stop in _pieces(first, last, k, block):
-                held[:, start:stop] = summarise(blocks[:, start:stop], ask)
-            return held
-        if first == last and not torch.is_grad_enabled():
-            return held
-        new = summarise(blocks[:, first:last], ask)
-        return torch.cat([held[:, :first], new, held[:, last:]], dim=1)
-    ends = -(-rows.tokens // block)  # so many blocks can end in this call
-    which = (rows.at // block)[:, None] + torch.arange(ends, device=k.device)
-    line = torch.arange(k.shape[0], device=k.device)[:, None]
-    done = (which + 1) * block <= rows.counts()[:, None]
-    which = which.clamp(max=room - 1)
-    new = summarise(blocks[line, which], ask).masked_fill(~done[..., None, None], 0.0)
-    # what is not done adds zeros to something, what is done goes to a place that is zeros
-    put = held.index_put_ if in_place else held.index_put
-    return put((line, which), new, accumulate=True)
 
+    def make(tokens: torch.Tensor) -> torch.Tensor:
+        return summarise(tokens.movedim(-1, 2), ask)
 
-def _owned(x: torch.Tensor) -> bool:
-    return torch.is_inference_mode_enabled() or not x.is_inference()
-
-
-def _pieces(first: int, last: int, k: torch.Tensor, block: int) -> list[tuple[int, int]]:
-    each = max(1, most_elements(k.device) // (k[:, :1].numel() * block))
-    return [(start, min(start + each, last)) for start in range(first, last, each)]
+    pool = _pooled.Pool(ask.block, ask.block)
+    return _pooled.append(held, k, pool, ask.block, rows, total, make, in_place)
 
 
 def weights(

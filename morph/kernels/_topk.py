@@ -32,32 +32,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from morph.kernels import _blocks, _checks, _triton
-
-# Elements of one chunk's scores [B, t, H, summaries], and of the tokens that are summed up together
-_CPU_ELEMENTS = 1 << 20
-_GPU_ELEMENTS = 1 << 26
-
-
-class Pool(NamedTuple):
-    """Summaries of `size` tokens, one every `stride` tokens: their means, or maxima."""
-
-    size: int
-    stride: int
-    maxima: bool = False
-
-    def complete(self, tokens: int) -> int:
-        """Return how many summaries end within the first `tokens` tokens."""
-        return max(0, (tokens - self.size) // self.stride + 1)
-
-    def each(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return what `complete` returns for every number of tokens."""
-        count = torch.div(tokens - self.size, self.stride, rounding_mode="floor") + 1
-        return count.clamp(min=0)
-
-    def per_block(self, block: int) -> int:
-        """Return for how many summaries there is room per block."""
-        return -(-block // self.stride)
+from morph.kernels import _blocks, _checks, _pooled, _triton
+from morph.kernels._pooled import Pool as Pool
+from morph.kernels._pooled import most_elements
 
 
 def windows(block: int) -> Pool:
@@ -77,11 +54,6 @@ class Ask(NamedTuple):
     by_block: bool
     scale: float
     softcap: float | None
-
-
-def most_elements(device: torch.device) -> int:
-    """Return how many elements a chunk may have."""
-    return _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
 
 
 def summarise(x: torch.Tensor, pool: Pool) -> torch.Tensor:
@@ -113,58 +85,13 @@ def append(
 ) -> torch.Tensor:
     """Return the summaries [B, room / block * pool.per_block(block), G, K] after this call.
 
-    x [B, room, G, K] has all tokens. What is not complete is zeros. `held` is written to where
-    `in_place` is true, it has the room and nothing records gradients.
+    As `_pooled.append` does, of x [B, room, G, K], all tokens.
     """
-    length = x.shape[1] // block * pool.per_block(block)
-    lacking = length - (0 if held is None else held.shape[1])
-    if held is None or lacking > 0:
-        work = torch.promote_types(x.dtype, torch.float32)
-        void = torch.zeros(x.shape[0], lacking, *x.shape[2:], dtype=work, device=x.device)
-        held = void if held is None else torch.cat([held.to(void), void], dim=1)
-        in_place = True  # it is nobody else's yet
-    in_place = in_place and not torch.is_grad_enabled() and _owned(held)
-    if not isinstance(rows.at, int):
-        return _append_rows(held, x, pool, rows, in_place)
-    first, last = pool.complete(rows.at), pool.complete(total)
-    made = []
-    for start, stop in _pieces(first, last, x, pool):
-        near = x[:, start * pool.stride : (stop - 1) * pool.stride + pool.size]
-        new = summarise(near.unfold(1, pool.size, pool.stride), pool)
-        if in_place:
-            held[:, start:stop] = new
-        else:
-            made.append(new)
-    return torch.cat([held[:, :first], *made, held[:, last:]], dim=1) if made else held
 
+    def make(tokens: torch.Tensor) -> torch.Tensor:
+        return summarise(tokens, pool)
 
-def _append_rows(
-    held: torch.Tensor, x: torch.Tensor, pool: Pool, rows: _blocks.Rows, in_place: bool
-) -> torch.Tensor:
-    """Append where every row stands somewhere else."""
-    assert isinstance(rows.at, torch.Tensor)
-    line = torch.arange(x.shape[0], device=x.device)[:, None]
-    inside = torch.arange(pool.size, device=x.device)
-    first, last = pool.each(rows.at), pool.each(rows.counts())
-    for start, stop in _pieces(0, -(-rows.tokens // pool.stride), x, pool):
-        which = first[:, None] + torch.arange(start, stop, device=x.device)
-        done = which < last[:, None]
-        where = (which[..., None] * pool.stride + inside).clamp(max=x.shape[1] - 1)
-        new = summarise(x[line[..., None], where].movedim(2, -1), pool)
-        new = new.masked_fill(~done[..., None, None], 0.0)
-        # what is not done adds zeros to something, what is done goes to a place that is zeros
-        put = held.index_put_ if in_place else held.index_put
-        held = put((line, which.clamp(max=held.shape[1] - 1)), new, accumulate=True)
-    return held
-
-
-def _owned(x: torch.Tensor) -> bool:
-    return torch.is_inference_mode_enabled() or not x.is_inference()
-
-
-def _pieces(first: int, last: int, x: torch.Tensor, pool: Pool) -> list[tuple[int, int]]:
-    each = max(1, most_elements(x.device) // (x[:, :1].numel() * pool.size))
-    return [(start, min(start + each, last)) for start in range(first, last, each)]
+    return _pooled.append(held, x, pool, block, rows, total, make, in_place)
 
 
 @torch.no_grad()

@@ -258,7 +258,7 @@ def _followed(group: HeadGroup, layer_idx: int) -> tuple[int, ...]:
     module = mixer_module(group.mixer)
     where = f"layer {layer_idx}: mixer {group.mixer}"
     options = strict.build(module.Options, group.options, where, PlanError)
-    return module.Mixer.follows(options) if hasattr(module.Mixer, "follows") else ()
+    return module.Mixer.follows(options)
 
 
 def group_cost(
