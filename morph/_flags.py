@@ -204,8 +204,8 @@ def refuse_mixer(sets: list[str] | None) -> None:
         name = one.partition("=")[0].strip()
         if name.split(".")[0] == "mixer":
             raise UsageError(
-                f"--set {escape(name, 60)}: the hybrid's mixers are what they are. Leave it out, or "
-                "convert again to change one."
+                f"--set {escape(name, 60)}: the hybrid's mixers are what they are. Leave it out, "
+                "or convert again to change one."
             )
 
 
